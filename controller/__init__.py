@@ -1,0 +1,1 @@
+"""The mind: service, scheduler, KV-block manager and cluster control. No torch here."""

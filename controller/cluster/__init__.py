@@ -1,0 +1,1 @@
+"""Placing, starting and watching the ranks of a replica."""

@@ -1,0 +1,1 @@
+"""The gRPC service: requests in, streams of tokens and text out."""

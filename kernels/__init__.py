@@ -1,0 +1,1 @@
+"""The muscle: torch tensors in, torch tensors out."""

@@ -1,0 +1,1 @@
+"""The CPU backend: torch operators, used in the way that is fast on CPUs."""

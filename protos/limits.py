@@ -1,0 +1,34 @@
+"""The limits table: every bound on what a caller may ask for, in one place.
+
+Each front door checks with these numbers, and the engine checks again. A value past its limit
+is refused with the limit named; nothing is clamped.
+"""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # one gRPC message, either way
+MAX_METADATA_BYTES = 16 * 1024  # request headers
+MAX_CONCURRENT_STREAMS = 1024  # per connection
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_CHAT_MESSAGES = 1024
+MAX_N = 8  # samples of one request
+MAX_LOGPROBS = 20  # alternatives per token
+MAX_STOP_STRINGS = 4
+MAX_STOP_STRING_BYTES = 64
+MAX_STOP_TOKEN_IDS = 64
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 32
+MAX_LOGIT_BIAS = 300  # entries
+MAX_NGRAM_SIZE = 64
+
+TEMPERATURE_RANGE = (0.0, 10.0)
+TOP_P_RANGE = (0.0, 1.0)  # 0 excluded
+MIN_P_RANGE = (0.0, 1.0)
+PENALTY_RANGE = (-2.0, 2.0)  # presence, frequency
+REPETITION_PENALTY_RANGE = (0.01, 10.0)
+LOGIT_BIAS_RANGE = (-100.0, 100.0)
+SEED_RANGE = (0, 2**63 - 1)
+
+DEFAULT_MAX_QUEUED_REQUESTS = 1024
+CANARY_MAX_AGE_S = 30.0

@@ -1,0 +1,95 @@
+"""The cut: which part of every dimension belongs to which rank.
+
+Planner and ranks share these pure functions, so that what is planned is what is loaded. Nothing
+has to divide evenly: whole key/value groups, MLP columns and vocabulary rows go to ranks in
+balanced contiguous runs, the first ranks taking one unit more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .specs import DTYPE_BYTES, DecoderSpec
+
+
+class Span(NamedTuple):
+    """Half-open run [start, stop) of one dimension."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of units in the run."""
+        return self.stop - self.start
+
+
+def cut(total: int, parts: int, index: int) -> Span:
+    """Part `index` of `total` units in `parts` runs whose sizes differ by at most one."""
+    size, extra = divmod(total, parts)
+    start = index * size + min(index, extra)
+    return Span(start, start + size + (index < extra))
+
+
+class HeadCut(NamedTuple):
+    """A rank's query heads and the key/value heads that they read."""
+
+    query: Span
+    kv: Span
+
+
+def cut_heads(num_heads: int, num_kv_heads: int, parts: int, index: int) -> HeadCut:
+    """Query and key/value heads of rank `index`; within a rank every group has equal size.
+
+    Up to `num_kv_heads` ranks, whole groups are dealt out (9 heads in 3 groups on 2 ranks:
+    6 + 3). Beyond, ranks are dealt to the key/value heads, each of which is then replicated on
+    its ranks, and the query heads of a group are divided among them. A rank left without query
+    heads holds no key/value head either.
+    """
+    group = num_heads // num_kv_heads
+    if parts <= num_kv_heads:
+        kv = cut(num_kv_heads, parts, index)
+        return HeadCut(Span(kv.start * group, kv.stop * group), kv)
+    for head in range(num_kv_heads):
+        ranks = cut(parts, num_kv_heads, head)
+        if ranks.start <= index < ranks.stop:
+            inside = cut(group, ranks.size, index - ranks.start)
+            base = head * group
+            kv = Span(head, head + 1) if inside.size else Span(head, head)
+            return HeadCut(Span(base + inside.start, base + inside.stop), kv)
+    raise ValueError(f"rank index {index} is not in [0, {parts})")
+
+
+class RankCut(NamedTuple):
+    """Everything that one rank owns of a model."""
+
+    heads: HeadCut
+    mlp: Span
+    vocab: Span
+
+
+def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
+    """The cut of `model` for one rank."""
+    return RankCut(
+        heads=cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank),
+        mlp=cut(model.intermediate_size, tp_size, rank),
+        vocab=cut(model.vocab_size, tp_size, rank),
+    )
+
+
+def weight_parameters(model: DecoderSpec, tp_size: int, rank: int) -> int:
+    """Number of weight elements that one rank holds."""
+    part = cut_model(model, tp_size, rank)
+    hidden, dim = model.hidden_size, model.head_dim
+    query, kv = part.heads.query.size * dim, part.heads.kv.size * dim
+    layer = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * part.mlp.size + 2 * hidden
+    layer += model.attention_bias * (query + 2 * kv) + model.output_bias * hidden
+    layer += model.mlp_bias * (2 * part.mlp.size + hidden)
+    tables = 1 if model.tie_embeddings else 2
+    return model.num_layers * layer + tables * part.vocab.size * hidden + hidden
+
+
+def kv_bytes_per_token(model: DecoderSpec, tp_size: int, rank: int, dtype: str) -> int:
+    """Bytes that one token takes in the KV pool of one rank."""
+    kv = cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank).kv.size
+    return 2 * model.num_layers * kv * model.head_dim * DTYPE_BYTES[dtype]

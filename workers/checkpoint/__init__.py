@@ -1,0 +1,1 @@
+"""Reading checkpoint headers, strictly, before anything is allocated. No torch here."""

@@ -1,0 +1,1 @@
+"""Streaming a rank's slices of a checkpoint into its layers."""

@@ -1,0 +1,1 @@
+"""Model families as data: configuration in, `DecoderSpec` out. No torch here."""

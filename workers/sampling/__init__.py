@@ -1,0 +1,1 @@
+"""Vocabulary-parallel choice of the next token."""
