@@ -48,7 +48,7 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     target: int
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
     """One step for every rank of a group, executed strictly in order of `step`."""
 
     epoch: int
@@ -100,7 +100,7 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class StepResult(msgspec.Struct, frozen=True, array_like=True):
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
     """What rank 0 answers to a plan."""
 
     epoch: int

@@ -1,0 +1,228 @@
+"""The memory plan of one replica: what each rank holds, and how many KV blocks fit.
+
+Pure arithmetic on sizes; weights and KV are exact, activations an upper estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from phalanx.protos.errors import ConfigError
+from phalanx.protos.shards import cut_model, kv_bytes_per_token, weight_parameters
+from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType
+
+MAX_LOGIT_ROWS = 64
+HIDDEN_COPIES = 4  # block input, residual, normalised copy, block output
+SAMPLER_COPIES = 3  # logits in float32, their sorted values, indices or probabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """One rank's memory in bytes; `kv_tokens` is the size of its pool in tokens."""
+
+    rank: int
+    weights: int
+    rope_table: int
+    activations: int
+    kv_per_token: int
+    kv_tokens: int
+    available: int | None = None
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the KV pool."""
+        return self.kv_per_token * self.kv_tokens
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that are needed before the first token is cached."""
+        return self.weights + self.rope_table + self.activations
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.fixed + self.kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What every rank of a replica holds; the number of KV blocks is the same on each."""
+
+    ranks: tuple[RankMemory, ...]
+    cache: CacheSpec
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self.cache.num_blocks * self.cache.block_size
+
+
+def activation_bytes(
+    model: DecoderSpec,
+    *,
+    dtype: DType,
+    tp_size: int,
+    rank: int,
+    max_tokens_per_step: int,
+    max_running: int,
+) -> int:
+    """Estimated peak of a step's temporaries on one rank, in bytes.
+
+    With T tokens a step, b bytes an element, q, kv, m and v the rank's query, key/value, MLP and
+    vocabulary columns, and R = min(max_running, 64) rows of logits:
+
+        T (4 hidden b + max(2 (q + 2 kv) b + q b + 4 q, 3 m b)) + R v (b + 3 * 4)
+
+    The first term is the hidden states, the second the larger of the two blocks: attention (fused
+    projection, its rotated copy, the output, and a float32 accumulator) or feed-forward (gate and
+    up, their product). The last is the logits in the model's dtype and the sampler's float32
+    copies.
+    """
+    part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[dtype]
+    query = part.heads.query.size * model.head_dim
+    kv = part.heads.kv.size * model.head_dim
+    attention = 2 * (query + 2 * kv) * size + query * size + 4 * query
+    feed_forward = 3 * part.mlp.size * size
+    token = HIDDEN_COPIES * model.hidden_size * size + max(attention, feed_forward)
+    rows = min(max_running, MAX_LOGIT_ROWS)
+    logits = rows * part.vocab.size * (size + SAMPLER_COPIES * 4)
+    return max_tokens_per_step * token + logits
+
+
+def plan_memory(
+    model: DecoderSpec,
+    *,
+    dtype: DType,
+    kv_dtype: DType,
+    tp_size: int,
+    block_size: int,
+    max_tokens_per_step: int,
+    max_running: int,
+    memory_per_rank: Sequence[int] | None,
+    kv_tokens: int | None,
+    min_kv_tokens: int = 1,
+) -> MemoryPlan:
+    """Divide `memory_per_rank` (bytes, one entry a rank) into weights, temporaries and KV blocks.
+
+    `kv_tokens` asks for a pool of so many tokens, rounded up to blocks; None fills the memory.
+    Without `memory_per_rank` nothing can be compared, and `kv_tokens` must be given. A pool of
+    fewer than `min_kv_tokens` is refused. Raises `ConfigError` naming the rank, the bytes and what
+    would help.
+    """
+    _check(
+        model,
+        tp_size=tp_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        memory_per_rank=memory_per_rank,
+        sizes={
+            "block_size": block_size,
+            "max_tokens_per_step": max_tokens_per_step,
+            "max_running": max_running,
+            "kv_tokens": kv_tokens,
+            "min_kv_tokens": min_kv_tokens,
+        },
+    )
+    ranks = []
+    for rank in range(tp_size):
+        fixed = _fixed(model, dtype, tp_size, rank, max_tokens_per_step, max_running)
+        ranks.append(
+            replace(
+                fixed,
+                kv_per_token=kv_bytes_per_token(model, tp_size, rank, kv_dtype),
+                available=None if memory_per_rank is None else memory_per_rank[rank],
+            )
+        )
+    wanted = -(-(kv_tokens or min_kv_tokens) // block_size)
+    for memory in ranks:
+        _check_fits(memory, wanted * block_size, tp_size, dtype)
+    blocks = wanted if kv_tokens else min(filter(None, (_blocks(m, block_size) for m in ranks)))
+    return MemoryPlan(
+        ranks=tuple(replace(memory, kv_tokens=blocks * block_size) for memory in ranks),
+        cache=CacheSpec(block_size=block_size, num_blocks=blocks, dtype=kv_dtype),
+    )
+
+
+def _fixed(
+    model: DecoderSpec,
+    dtype: DType,
+    tp_size: int,
+    rank: int,
+    max_tokens_per_step: int,
+    max_running: int,
+) -> RankMemory:
+    """What a rank holds before there is a cache."""
+    return RankMemory(
+        rank=rank,
+        weights=weight_parameters(model, tp_size, rank) * DTYPE_BYTES[dtype],
+        # cos and sin of half the rotated dimensions, in the model's dtype
+        rope_table=model.max_context * model.rope.rotary_dim * DTYPE_BYTES[dtype],
+        activations=activation_bytes(
+            model,
+            dtype=dtype,
+            tp_size=tp_size,
+            rank=rank,
+            max_tokens_per_step=max_tokens_per_step,
+            max_running=max_running,
+        ),
+        kv_per_token=0,
+        kv_tokens=0,
+    )
+
+
+def _check(
+    model: DecoderSpec,
+    *,
+    tp_size: int,
+    dtype: str,
+    kv_dtype: str,
+    memory_per_rank: Sequence[int] | None,
+    sizes: dict[str, int | None],
+) -> None:
+    if not 1 <= tp_size <= model.num_heads:
+        raise ConfigError(
+            f"tp_size is {tp_size}, allowed are 1 to {model.num_heads}, the model's attention heads"
+        )
+    for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
+        if value not in DTYPE_BYTES:
+            raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(DTYPE_BYTES)}")
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} is {size}, at least 1 is needed")
+    asked, least = sizes["kv_tokens"], sizes["min_kv_tokens"]
+    if asked is not None and least is not None and asked < least:
+        raise ConfigError(f"kv_tokens is {asked}, at least {least} are needed")
+    if memory_per_rank is None and asked is None:
+        raise ConfigError("kv_tokens is needed where memory_per_rank is not given")
+    if memory_per_rank is not None and len(memory_per_rank) != tp_size:
+        raise ConfigError(
+            f"memory_per_rank has {len(memory_per_rank)} entries, tp_size {tp_size} needs as many"
+        )
+
+
+def _check_fits(memory: RankMemory, kv_tokens: int, tp_size: int, dtype: str) -> None:
+    """Refuse a rank whose memory cannot hold its weights, temporaries and `kv_tokens`."""
+    needed = memory.fixed + memory.kv_per_token * kv_tokens
+    if memory.available is None or needed <= memory.available:
+        return
+    advice = [f"a tp_size above {tp_size}"]
+    if DTYPE_BYTES[dtype] > 2:
+        advice.append("a 2-byte dtype")
+    advice.append("fewer max_tokens_per_step")
+    if memory.fixed < memory.available:
+        advice.append(
+            f"kv_tokens of at most {(memory.available - memory.fixed) // memory.kv_per_token}"
+        )
+    raise ConfigError(
+        f"rank {memory.rank} needs {needed} bytes (weights {memory.weights}, rope table "
+        f"{memory.rope_table}, activations {memory.activations}, KV cache of {kv_tokens} tokens "
+        f"{needed - memory.fixed}) and has {memory.available}; would help: {', '.join(advice)}"
+    )
+
+
+def _blocks(memory: RankMemory, block_size: int) -> int | None:
+    """KV blocks that fit on a rank; None without a bound."""
+    if memory.available is None or memory.kv_per_token == 0:
+        return None
+    return (memory.available - memory.fixed) // (memory.kv_per_token * block_size)

@@ -1,0 +1,125 @@
+"""A step plan as tensors, and the sequences that the rank keeps between plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import AttentionPlan, KernelBackend, SequenceSpan
+from phalanx.protos.errors import GroupLost
+from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.steps import NewSequence, Row
+
+from .layers.rope import RotaryTable
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What a rank knows of a sequence; grows by the rank's own sampled tokens."""
+
+    seq: int
+    token_ids: list[int]
+    num_prompt: int
+    num_computed: int
+    params: SamplingParams
+    sample_index: int
+    blocks: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, new: NewSequence) -> SequenceState:
+        """The state of a sequence seen for the first time."""
+        return cls(
+            seq=new.seq,
+            token_ids=list(new.token_ids),
+            num_prompt=new.num_prompt,
+            num_computed=new.num_computed,
+            params=new.params,
+            sample_index=new.sample_index,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The inputs of one forward pass over T tokens, shared by all layers."""
+
+    token_ids: Tensor  # int64 [T]
+    slots: Tensor  # int64 [T], where each token's key and value go
+    cos: Tensor  # [T, rotary_dim / 2]
+    sin: Tensor  # [T, rotary_dim / 2]
+    attention: AttentionPlan
+    logit_rows: Tensor  # int64: rows whose logits are wanted
+    sampled: list[SequenceState]
+    """Sequences that sample, in batch order; their logits are the first `len(sampled)` rows."""
+    scored: list[tuple[SequenceState, int, int]]
+    """(sequence, first position, rows) of prompt positions whose next token is scored."""
+
+
+class BatchBuilder:
+    """Turns the rows of a plan into a `Batch`, advancing the sequences' `num_computed`."""
+
+    def __init__(
+        self, rotary: RotaryTable, backend: KernelBackend, block_size: int, device: torch.device
+    ) -> None:
+        self._rotary, self._backend = rotary, backend
+        self._block_size, self._device = block_size, device
+
+    def build(self, rows: Sequence[Row], sequences: dict[int, SequenceState]) -> Batch:
+        """Tensors for `rows`. Raises `GroupLost` if the plan does not fit what the rank knows."""
+        tokens: list[int] = []
+        positions: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+        spans: list[SequenceSpan] = []
+        sampled: list[SequenceState] = []
+        sampled_rows: list[int] = []
+        scored: list[tuple[SequenceState, int, int]] = []
+        scored_rows: list[int] = []
+        for row in rows:
+            state = self._advance(row, sequences)
+            first, last = state.num_computed - row.num_new, state.num_computed
+            start = len(tokens)
+            tokens += state.token_ids[first:last]
+            position = np.arange(first, last)
+            positions.append(position)
+            table = np.asarray(state.blocks)[position // self._block_size]
+            slots.append(table * self._block_size + position % self._block_size)
+            spans.append(SequenceSpan(start, row.num_new, last, state.blocks))
+            if last == len(state.token_ids):
+                sampled.append(state)
+                sampled_rows.append(len(tokens) - 1)
+            if state.params.prompt_logprobs is not None and first < state.num_prompt - 1:
+                count = min(last, state.num_prompt - 1) - first
+                scored.append((state, first, count))
+                scored_rows += range(start, start + count)
+        position_tensor = self._tensor(np.concatenate(positions))
+        cos, sin = self._rotary.at(position_tensor)
+        return Batch(
+            token_ids=self._tensor(np.asarray(tokens)),
+            slots=self._tensor(np.concatenate(slots)),
+            cos=cos,
+            sin=sin,
+            attention=self._backend.plan_attention(spans, self._block_size),
+            logit_rows=self._tensor(np.asarray(sampled_rows + scored_rows, dtype=np.int64)),
+            sampled=sampled,
+            scored=scored,
+        )
+
+    def _advance(self, row: Row, sequences: dict[int, SequenceState]) -> SequenceState:
+        state = sequences.get(row.seq)
+        if state is None:
+            raise GroupLost(f"plan names sequence {row.seq}, which this rank does not know")
+        state.blocks += row.new_blocks
+        state.num_computed += row.num_new
+        room = len(state.blocks) * self._block_size
+        if row.num_new < 1 or state.num_computed > min(room, len(state.token_ids)):
+            raise GroupLost(
+                f"plan computes {row.num_new} tokens of sequence {row.seq} up to "
+                f"{state.num_computed}; it has {len(state.token_ids)} tokens and room for {room}"
+            )
+        return state
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device)

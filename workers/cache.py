@@ -1,0 +1,46 @@
+"""This rank's part of the paged KV pool: its own heads of every block, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.protos.specs import CacheSpec
+from phalanx.protos.steps import BlockCopy
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim]."""
+
+    key: Tensor
+    value: Tensor
+
+
+class PagedCache:
+    """The pools of all layers. Which block holds what is decided elsewhere, never here."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, kv_heads, spec.num_blocks, spec.block_size, head_dim)
+        # zeros, not empty: a masked position must never turn stale bits into NaN
+        self._pool = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
+        self.layers = [LayerCache(layer[0], layer[1]) for layer in self._pool]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the pool in bytes."""
+        return self._pool.numel() * self._pool.element_size()
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in order, in every layer."""
+        for copy in copies:
+            self._pool[:, :, :, copy.target] = self._pool[:, :, :, copy.source]

@@ -1,0 +1,161 @@
+"""One rank: load the shard, then execute plans, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import KernelBackend
+from phalanx.protos.errors import GroupLost, RequestFailed
+from phalanx.protos.shards import cut_model
+from phalanx.protos.specs import WorkerSpec
+from phalanx.protos.steps import (
+    PromptLogprobs,
+    SampledToken,
+    SequenceFailure,
+    StepPlan,
+    StepResult,
+)
+
+from .batch import Batch, BatchBuilder, SequenceState
+from .cache import PagedCache
+from .checkpoint.source import open_checkpoint
+from .decoder import Decoder
+from .layers.rope import RotaryTable
+from .loading.assign import fill
+from .models.registry import tensor_names
+from .parallel import TensorParallel
+from .sampling.sampler import Sampler, SampleRow
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """A rank's account of what it loaded. Sizes in bytes."""
+
+    rank: int
+    weight_bytes: int
+    kv_bytes: int
+    tensors_used: int
+    tensors_ignored: list[str]
+    kernels: str
+
+
+class Engine:
+    """A rank's model, cache and sequences. Plans come in order and are executed as they come."""
+
+    def __init__(self, spec: WorkerSpec, group: TensorParallel, backend: KernelBackend) -> None:
+        self._spec, self._group, self._backend = spec, group, backend
+        model = spec.model
+        self._device = torch.device(spec.device)
+        dtype = getattr(torch, spec.dtype)
+        self._checkpoint = open_checkpoint(spec.checkpoint)
+        self._names = tensor_names(model, self._checkpoint.kind)
+        self._decoder = Decoder(model, self._names, group, backend, dtype, self._device)
+        part = cut_model(model, group.size, group.rank)
+        self._cache = PagedCache(
+            spec.cache, model.num_layers, part.heads.kv.size, model.head_dim, self._device
+        )
+        rotary = RotaryTable(model.rope, model.max_context, dtype, self._device)
+        self._builder = BatchBuilder(rotary, backend, spec.cache.block_size, self._device)
+        self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
+        self._sequences: dict[int, SequenceState] = {}
+        self._next_step = 0
+
+    def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LoadReport:
+        """Fill the weights, slice by slice; `progress` gets elements done and in all."""
+        pieces = [piece for stage in self._decoder.stages for piece in stage]
+        weight_bytes = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
+        used = len({piece.source for piece in pieces})
+        del pieces
+        unused = fill(
+            self._decoder,
+            self._checkpoint,
+            permuted_heads=self._names.permuted_heads,
+            ignored=self._names.ignored,
+            progress=progress,
+        )
+        return LoadReport(
+            rank=self._group.rank,
+            weight_bytes=weight_bytes,
+            kv_bytes=self._cache.num_bytes,
+            tensors_used=used,
+            tensors_ignored=unused,
+            kernels=self._backend.name,
+        )
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Execute one plan. Raises `GroupLost` when the plan is not the one expected."""
+        started = time.perf_counter()
+        if plan.epoch != self._spec.epoch or plan.step != self._next_step:
+            raise GroupLost(
+                f"plan {plan.epoch}.{plan.step} came, {self._spec.epoch}.{self._next_step} is due"
+            )
+        self._next_step += 1
+        for seq in plan.finished:
+            self._sequences.pop(seq, None)
+        for new in plan.new:
+            self._sequences[new.seq] = SequenceState.of(new)
+        self._cache.copy_blocks(plan.copies)
+        sampled: list[SampledToken] = []
+        failures: list[SequenceFailure] = []
+        scores: list[PromptLogprobs] = []
+        if plan.rows:
+            batch = self._builder.build(plan.rows, self._sequences)
+            logits = self._decoder(batch, self._cache.layers)
+            sampled, failures = self._sample(batch, logits[: len(batch.sampled)])
+            scores, unscored = self._score(batch, logits[len(batch.sampled) :])
+            failures += unscored
+        return StepResult(
+            epoch=plan.epoch,
+            step=plan.step,
+            sampled=sampled,
+            prompt_logprobs=scores,
+            failures=failures,
+            execute_s=time.perf_counter() - started,
+        )
+
+    def _sample(
+        self, batch: Batch, logits: Tensor
+    ) -> tuple[list[SampledToken], list[SequenceFailure]]:
+        tokens: list[SampledToken] = []
+        failures: list[SequenceFailure] = []
+        if not batch.sampled:
+            return tokens, failures
+        rows = [
+            SampleRow(state.token_ids, state.num_prompt, state.params, state.sample_index)
+            for state in batch.sampled
+        ]
+        for state, choice in zip(batch.sampled, self._sampler.sample(logits, rows), strict=True):
+            if choice.error is not None:
+                failures.append(SequenceFailure(state.seq, choice.error))
+            # a failed sequence gets a token as well: a plan already sent may count on it
+            state.token_ids.append(choice.token_id)
+            if choice.error is None:
+                token = SampledToken(state.seq, choice.token_id, choice.logprob, choice.top)
+                tokens.append(token)
+        return tokens, failures
+
+    def _score(
+        self, batch: Batch, logits: Tensor
+    ) -> tuple[list[PromptLogprobs], list[SequenceFailure]]:
+        """Log-probabilities of prompt tokens: row i of a sequence predicts token i + 1."""
+        scores: list[PromptLogprobs] = []
+        failures: list[SequenceFailure] = []
+        start = 0
+        for state, first, count in batch.scored:
+            targets = state.token_ids[first + 1 : first + 1 + count]
+            try:
+                rows = logits[start : start + count]
+                pairs = self._sampler.score(rows, targets, state.params.prompt_logprobs or 0)
+            except RequestFailed as error:  # raised on every rank alike
+                failures.append(SequenceFailure(state.seq, str(error)))
+            else:
+                tokens = [token for token, _ in pairs]
+                tops = [top for _, top in pairs]
+                scores.append(PromptLogprobs(state.seq, first + 1, tokens, tops))
+            start += count
+        return scores, failures

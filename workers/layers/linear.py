@@ -1,0 +1,108 @@
+"""Linear layers that know their own cut (Megatron-LM, Shoeybi 2019).
+
+Column-parallel: the output features are divided, every rank reads the whole input.
+Row-parallel: the input features are divided, the partial results are summed over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import KernelBackend, PackedLinear
+from phalanx.protos.shards import Span
+from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.parallel import TensorParallel
+
+
+class Output(NamedTuple):
+    """One of the projections fused into a column-parallel layer."""
+
+    weight: str
+    """Checkpoint name."""
+    rows: Span
+    """Output features of this rank."""
+    bias: str | None = None
+    head_dim: int | None = None
+    """Set where the rows are query or key heads."""
+
+
+class ColumnParallelLinear:
+    """Several projections of one input, fused: x [T, in] -> [T, sum of local rows]."""
+
+    def __init__(
+        self, in_features: int, outputs: Iterable[Output], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        outputs = list(outputs)
+        self.sizes = [output.rows.size for output in outputs]
+        self.weight: Tensor | None = torch.empty(
+            sum(self.sizes), in_features, dtype=dtype, device=device
+        )
+        has_bias = any(output.bias for output in outputs)
+        self.bias = torch.zeros(sum(self.sizes), dtype=dtype, device=device) if has_bias else None
+        self.pieces: list[Piece] = []
+        start = 0
+        for output in outputs:
+            part = slice(start, start + output.rows.size)
+            self.pieces.append(
+                Piece(output.weight, self.weight[part], output.rows, head_dim=output.head_dim)
+            )
+            if output.bias and self.bias is not None:
+                self.pieces.append(
+                    Piece(output.bias, self.bias[part], output.rows, head_dim=output.head_dim)
+                )
+            start += output.rows.size
+        self._run: PackedLinear | None = None
+
+    def pack(self, backend: KernelBackend) -> None:
+        """Hand the filled weight to the backend and drop our own reference."""
+        if self.weight is not None:
+            self._run = backend.pack_linear(self.weight, self.bias)
+            self.weight, self.pieces = None, []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, local out], the projections side by side."""
+        if self._run is None:
+            raise RuntimeError("used before pack()")
+        return self._run(x)
+
+
+class RowParallelLinear:
+    """x [T, local in] -> [T, out], summed over the ranks; the bias is added once."""
+
+    def __init__(
+        self,
+        weight: str,
+        columns: Span,
+        out_features: int,
+        group: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: str | None = None,
+    ) -> None:
+        self._group = group
+        self.weight: Tensor | None = torch.empty(
+            out_features, columns.size, dtype=dtype, device=device
+        )
+        self.pieces = [Piece(weight, self.weight, columns=columns)]
+        self.bias = None
+        if bias is not None:
+            self.bias = torch.zeros(out_features, dtype=dtype, device=device)
+            self.pieces.append(Piece(bias, self.bias))
+        self._run: PackedLinear | None = None
+
+    def pack(self, backend: KernelBackend) -> None:
+        """Hand the filled weight to the backend; only rank 0 keeps the bias."""
+        if self.weight is not None:
+            bias = self.bias if self._group.rank == 0 else None
+            self._run = backend.pack_linear(self.weight, bias)
+            self.weight, self.pieces = None, []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, local in] -> [T, out], equal on every rank."""
+        if self._run is None:
+            raise RuntimeError("used before pack()")
+        return self._group.all_reduce(self._run(x))
