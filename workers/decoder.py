@@ -106,8 +106,8 @@ class Decoder:
     @property
     def stages(self) -> list[list[Piece]]:
         """What the checkpoint must fill, in pieces that are loaded and packed together."""
-        ends = [piece for part in [*self._tables, self._final_norm] for piece in part.pieces]
-        return [ends, *(layer.pieces for layer in self.layers)]
+        tables = [piece for table in self._tables for piece in table.pieces]
+        return [tables + self._final_norm.pieces, *(layer.pieces for layer in self.layers)]
 
     def pack(self, stage: int) -> None:
         """Hand the weights of a filled stage to the backend; stage 0 is embedding and head."""
