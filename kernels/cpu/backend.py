@@ -92,7 +92,7 @@ class CpuBackend(ReferenceBackend):
             return super().pack_linear(weight, bias)
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return super().pack_linear(weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), PACK_BATCH_HINT)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_BATCH_HINT)
 
         def linear(x: Tensor) -> Tensor:
             result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
