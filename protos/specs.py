@@ -69,3 +69,14 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     device: Literal["cpu", "cuda"]
     epoch: int = 0
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):
+    """A rank's account of what it loaded. Sizes in bytes."""
+
+    rank: int
+    weight_bytes: int
+    kv_bytes: int
+    tensors_used: int
+    tensors_ignored: list[str]
+    kernels: str

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import msgspec
 import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
 from phalanx.protos.shards import cut_model
-from phalanx.protos.specs import WorkerSpec
+from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import (
     PromptLogprobs,
     SampledToken,
@@ -30,17 +29,6 @@ from .loading.assign import fill
 from .models.registry import tensor_names
 from .parallel import TensorParallel
 from .sampling.sampler import Sampler, SampleRow
-
-
-class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """A rank's account of what it loaded. Sizes in bytes."""
-
-    rank: int
-    weight_bytes: int
-    kv_bytes: int
-    tensors_used: int
-    tensors_ignored: list[str]
-    kernels: str
 
 
 class Engine:

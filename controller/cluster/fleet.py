@@ -1,0 +1,41 @@
+"""The only view that the controller has of a group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from phalanx.protos.specs import LoadReport, WorkerSpec
+from phalanx.protos.steps import StepPlan, StepResult
+
+Progress = Callable[[int, int, int], None]
+"""Called with (rank, weight elements loaded, elements in all)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFacts:
+    """Where a rank runs and what it holds."""
+
+    rank: int
+    node: str
+    device: str
+    report: LoadReport
+
+
+class Fleet(Protocol):
+    """One group of ranks. `send` and `receive` belong to one thread, the step loop's."""
+
+    def start(self, spec: WorkerSpec, progress: Progress) -> list[RankFacts]:
+        """Load the model on every rank; returns when all are ready. Raises `ModelError`,
+        `ConfigError` or `GroupLost`, leaving nothing behind."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Hand a plan to every rank; returns before it is executed."""
+
+    def receive(self, timeout_s: float) -> StepResult:
+        """The answer to the oldest plan without one. Raises `GroupLost` when a rank died, when
+        ranks disagree, or after `timeout_s` seconds."""
+
+    def stop(self) -> None:
+        """End every rank and free what it holds; may be called at any time, more than once."""

@@ -1,0 +1,150 @@
+"""The sockets between one step loop and its ranks: ours, so that no step is an actor call.
+
+Ranks connect to us and say who they are, with the group's secret; whatever else connects is
+dropped. Rank 0 answers the plans; the other ranks' sockets speak only of trouble.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+from phalanx.protos.errors import ConfigError, GroupLost, ModelError, PhalanxError
+from phalanx.protos.specs import LoadReport, WorkerSpec
+from phalanx.protos.steps import StepPlan, StepResult
+from phalanx.protos.wire import Failed, Hello, Progress, Start, Stop, encode, read_from_rank
+
+HELLO_BYTES = 1024
+HELLO_TIMEOUT_S = 5.0
+_KNOWN_ERRORS: dict[str, type[PhalanxError]] = {
+    "ModelError": ModelError,
+    "ConfigError": ConfigError,
+}
+
+
+class RankLinks:
+    """One connection per rank. Used by one thread at a time."""
+
+    def __init__(self, size: int, epoch: int, host: str = "127.0.0.1") -> None:
+        self.secret = secrets.token_bytes(32)
+        self._size, self._epoch = size, epoch
+        self._listener = socket.create_server((host, 0), backlog=max(size, 8))
+        self._ranks: list[socket.socket | None] = [None] * size
+        self._selector = selectors.DefaultSelector()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that ranks connect to."""
+        host, port = self._listener.getsockname()[:2]
+        return str(host), int(port)
+
+    def accept(self, timeout_s: float, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait for every rank. `alive` is called now and then and raises if one has died."""
+        deadline = time.monotonic() + timeout_s
+        while None in self._ranks:
+            alive()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = [rank for rank, link in enumerate(self._ranks) if link is None]
+                raise GroupLost(f"ranks {missing} did not connect within {timeout_s:g} s")
+            self._listener.settimeout(min(left, 0.2))
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            self._welcome(connection)
+        self._listener.close()
+
+    def _welcome(self, connection: socket.socket) -> None:
+        """Take the connection in if it knows the secret, else drop it."""
+        connection.settimeout(HELLO_TIMEOUT_S)
+        try:
+            hello = read_from_rank(connection, HELLO_BYTES)
+        except GroupLost:
+            hello = None
+        if (
+            not isinstance(hello, Hello)
+            or not hmac.compare_digest(hello.secret, self.secret)
+            or hello.epoch != self._epoch
+            or not 0 <= hello.rank < self._size
+            or self._ranks[hello.rank] is not None
+        ):
+            connection.close()
+            return
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._ranks[hello.rank] = connection
+        self._selector.register(connection, selectors.EVENT_READ, hello.rank)
+
+    def load(
+        self, spec: WorkerSpec, progress: Callable[[int, int, int], None], timeout_s: float
+    ) -> list[LoadReport]:
+        """Tell every rank what to build and wait for all reports."""
+        self._broadcast(encode(Start(spec)))
+        deadline = time.monotonic() + timeout_s
+        reports: dict[int, LoadReport] = {}
+        while len(reports) < self._size:
+            rank, message = self._next(deadline - time.monotonic())
+            if isinstance(message, LoadReport):
+                reports[rank] = message
+            elif isinstance(message, Progress):
+                progress(rank, message.done, message.total)
+            else:
+                raise GroupLost(f"rank {rank} sent {type(message).__name__} while loading")
+        return [reports[rank] for rank in range(self._size)]
+
+    def send(self, plan: StepPlan) -> None:
+        """Send a plan to every rank."""
+        self._broadcast(encode(plan))
+
+    def receive(self, timeout_s: float) -> StepResult:
+        """Rank 0's next result."""
+        rank, message = self._next(timeout_s)
+        if isinstance(message, StepResult) and rank == 0:
+            return message
+        raise GroupLost(f"rank {rank} sent {type(message).__name__} instead of a result")
+
+    def _broadcast(self, frame: bytes) -> None:
+        for rank, connection in enumerate(self._ranks):
+            if connection is None:
+                raise GroupLost(f"rank {rank} is not connected")
+            try:
+                connection.sendall(frame)
+            except OSError as error:
+                raise GroupLost(f"rank {rank}: connection lost") from error
+
+    def _next(self, timeout_s: float) -> tuple[int, LoadReport | Progress | StepResult | Hello]:
+        """The next message of any rank; trouble of any rank ends the group."""
+        ready = self._selector.select(max(timeout_s, 0))
+        if not ready:
+            raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
+        # a closed or complaining rank goes before a result, so look at the others first
+        key = max(ready, key=lambda item: int(item[0].data))[0]
+        rank, connection = int(key.data), key.fileobj
+        if not isinstance(connection, socket.socket):
+            raise GroupLost(f"rank {rank} is not connected")
+        try:
+            message = read_from_rank(connection)
+        except GroupLost as error:
+            raise GroupLost(f"rank {rank}: {error}") from error
+        if isinstance(message, Failed):
+            kind = _KNOWN_ERRORS.get(message.kind, GroupLost)
+            raise kind(f"rank {rank}: {message.message}")
+        return rank, message
+
+    def close(self) -> None:
+        """Ask the ranks to end and close everything."""
+        self._listener.close()
+        for connection in self._ranks:
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.settimeout(1.0)
+                    connection.sendall(encode(Stop()))
+                connection.close()
+        self._ranks = [None] * self._size
+        self._selector.close()

@@ -1,0 +1,103 @@
+"""The Ray-facing shell of a rank. Ray starts and watches it; step data takes our own socket.
+
+torch is imported only inside methods, so that the controller may name this class without it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+
+import msgspec
+import psutil
+import ray
+
+from phalanx.protos.specs import WorkerSpec
+from phalanx.protos.wire import Hello
+
+
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank finds where Ray has put it."""
+
+    node: str
+    address: str
+    cpu_count: int
+    memory_available: int
+    """Bytes of device memory (GPU) or host memory (CPU) that are free now."""
+    device: str
+    fast_bfloat16: bool
+    """Whether the device multiplies bfloat16 natively."""
+    x86: bool
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
+    """How the ranks of a group find each other."""
+
+    host: str
+    port: int
+    tp_size: int
+    collectives: str
+    """"shm", "gloo" or "nccl"."""
+    threads: int
+    """CPU threads of each rank."""
+    timeout_s: float
+
+
+class RankActor:
+    """One rank. Its methods are called in this order: facts, [open_store], run."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._listener: socket.socket | None = None
+
+    def facts(self) -> NodeFacts:
+        """Look around. Cheap: decides dtype and cache size before anything is loaded."""
+        if os.environ.get("CUDA_VISIBLE_DEVICES") and ray.get_gpu_ids():
+            import torch
+
+            free, _ = torch.cuda.mem_get_info()
+            device, memory, fast = torch.cuda.get_device_name(), free, True
+        else:
+            flags = _cpu_flags()
+            device, memory = platform.processor() or platform.machine(), _available_memory()
+            fast = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        return NodeFacts(
+            node=socket.gethostname(),
+            address=ray.util.get_node_ip_address(),
+            cpu_count=os.cpu_count() or 1,
+            memory_available=memory,
+            device=device,
+            fast_bfloat16=fast,
+            x86=platform.machine() in ("x86_64", "AMD64"),
+        )
+
+    def open_store(self, host: str) -> int:
+        """Rank 0 binds the group's rendezvous itself, on `host` alone; returns the port."""
+        self._listener = socket.create_server((host, 0))
+        return int(self._listener.getsockname()[1])
+
+    def run(self, address: tuple[str, int], hello: Hello, rendezvous: Rendezvous) -> None:
+        """Serve the step loop at `address` until it says stop."""
+        from phalanx.workers.group import build_engine
+        from phalanx.workers.serve import serve_rank
+
+        def build(spec: WorkerSpec) -> object:
+            return build_engine(spec, self._rank, rendezvous, self._listener)
+
+        serve_rank(address, hello, build)  # type: ignore[arg-type]
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith(("flags", "Features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        return set()
+    return set()
+
+
+def _available_memory() -> int:
+    return int(psutil.virtual_memory().available)
