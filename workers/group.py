@@ -114,7 +114,7 @@ def _shared_memory(
 
     def exchange(value: bytes) -> bytes:
         if rank == 0:
-            store.set("segment", value)
+            store.set("segment", value.decode())
         return bytes(store.get("segment"))
 
     def barrier() -> None:
@@ -122,7 +122,7 @@ def _shared_memory(
         if rank == 0:
             while store.add("opened", 0) < size:
                 pass
-            store.set("all-open", b"1")
+            store.set("all-open", "1")
         store.wait(["all-open"])
 
     return SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
