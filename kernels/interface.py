@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,6 +28,27 @@ class SequenceSpan:
     blocks: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AttentionSpec:
+    """How a layer weighs its scores. What is absent (0, None) costs nothing.
+
+    The score of query i and key j <= i is `scale` * q.k, softly capped to `softcap` * tanh(s /
+    `softcap`), plus `alibi_slopes`[head] * (j - i); keys with j <= i - `window` are not seen.
+    `sinks`[head] is a further score whose weight goes nowhere.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # float32 [H]
+    sinks: Tensor | None = None  # float32 [H]
+
+    @property
+    def has_plain_scores(self) -> bool:
+        """Scores are only scaled; a window may hide some."""
+        return not self.softcap and self.alibi_slopes is None and self.sinks is None
+
+
 class AttentionPlan(Protocol):
     """A backend's own preparation of a step, made once and used by every layer."""
 
@@ -39,6 +60,14 @@ class PackedLinear(Protocol):
         """x [T, in] -> [T, out]."""
 
 
+@runtime_checkable
+class WideLinear(PackedLinear, Protocol):
+    """A `PackedLinear` whose sums can be had before they are rounded."""
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x [T, in] -> float32 [T, out]."""
+
+
 class KernelBackend(Protocol):
     """Every operation of the decoder that is more than one torch call."""
 
@@ -47,19 +76,31 @@ class KernelBackend(Protocol):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Prepare y = x @ weight.T + bias; weight [out, in], either side possibly empty."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang 2019)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """x / rms(x) * (offset + weight) over the last dimension, statistics in float32 (Zhang
+        2019); with an offset, the product as well is in float32."""
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """(rms_norm(x + residual), x + residual); may overwrite both inputs."""
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """(x - mean) / std * weight + bias over the last dimension (Ba 2016)."""
 
     def rope(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate heads [T, n, D] by cos, sin [T, rotary / 2] (Su 2021, half-split layout)."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for gate_up [T, 2 * n] = [gate | up] -> [T, n]."""
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """activate(gate) * up, shaped as for `silu_mul`."""
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """silu, gelu, gelu_tanh, gelu_quick (x * sigmoid(1.702 x)), relu or relu2 (squared)."""
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
@@ -70,6 +111,11 @@ class KernelBackend(Protocol):
         """Prepare a step's attention."""
 
     def paged_attention(
-        self, query: Tensor, key_pool: Tensor, value_pool: Tensor, plan: AttentionPlan, scale: float
+        self,
+        query: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        plan: AttentionPlan,
+        spec: AttentionSpec,
     ) -> Tensor:
         """Causal attention of query [T, H, D] to the tokens in the pools -> [T, H, D]."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import AttentionPlan, PackedLinear, SequenceSpan
+from .interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 class _Spans(list[SequenceSpan]):
@@ -24,18 +33,29 @@ class ReferenceBackend:
         """The weight as it is."""
         return lambda x: F.linear(x, weight, bias)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Normalise in float32, round to the dtype of x, then scale."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Normalise in float32, round to the dtype of x, then scale; with an offset, scale first."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if offset:
+            return (wide * (offset + weight.float())).to(x.dtype)
         return weight * wide.to(x.dtype)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The sum is rounded to the dtype of x before it is normalised."""
         residual = x + residual
-        return self.rms_norm(residual, weight, eps), residual
+        return self.rms_norm(residual, weight, eps, offset), residual
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """A weight of several dimensions is broadcast over x."""
+        if weight is None or weight.dim() == 1:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        normed = F.layer_norm(x, x.shape[-1:], None, None, eps) * weight
+        return normed if bias is None else normed + bias
 
     def rope(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Pair i turns element i with element i + rotary / 2; the rest passes through."""
@@ -49,6 +69,17 @@ class ReferenceBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """As `silu_mul`, with any activation."""
+        if activation == "silu":
+            return self.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activate(gate, activation) * up
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """By name; an unknown one is a KeyError."""
+        return ACTIVATIONS[activation](x)
+
     def store_kv(
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
     ) -> None:
@@ -61,7 +92,12 @@ class ReferenceBackend:
         return _Spans(spans)
 
     def paged_attention(
-        self, query: Tensor, key_pool: Tensor, value_pool: Tensor, plan: AttentionPlan, scale: float
+        self,
+        query: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        plan: AttentionPlan,
+        spec: AttentionSpec,
     ) -> Tensor:
         """Sequence by sequence, softmax in float32."""
         if not isinstance(plan, _Spans):
@@ -75,9 +111,26 @@ class ReferenceBackend:
                 pool[:, blocks].flatten(1, 2)[:, : span.length].repeat_interleave(group, dim=0)
                 for pool in (key_pool, value_pool)
             )
-            scores = query[rows].transpose(0, 1).float() @ keys.transpose(1, 2).float() * scale
-            position = torch.arange(span.length, device=query.device)
-            future = position[None, :] > position[-span.num_query :, None]
-            weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+            scores = query[rows].transpose(0, 1).float() @ keys.transpose(1, 2).float()
+            positions = torch.arange(span.length, device=query.device)
+            distance = positions[None, :] - positions[-span.num_query :, None]
+            weights = weigh(scores, distance, spec)
             output[rows] = (weights @ values.float()).transpose(0, 1).to(query.dtype)
         return output
+
+
+def weigh(scores: Tensor, distance: Tensor, spec: AttentionSpec) -> Tensor:
+    """Unscaled scores [H, Q, L] to weights; distance [Q, L] is key position - query position."""
+    scores = scores * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if spec.alibi_slopes is not None:
+        scores = scores + spec.alibi_slopes[:, None, None] * distance
+    hidden = distance > 0
+    if spec.window:
+        hidden = hidden | (distance <= -spec.window)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if spec.sinks is None:
+        return scores.softmax(-1)
+    sinks = spec.sinks[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]

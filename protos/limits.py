@@ -9,6 +9,12 @@ from __future__ import annotations
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # one gRPC message, either way
 MAX_METADATA_BYTES = 16 * 1024  # request headers
 MAX_CONCURRENT_STREAMS = 1024  # per connection
+MAX_CONCURRENT_CALLS = 8192  # over all connections
+MAX_UNREAD_BYTES = 4 * 1024 * 1024  # of one answer, waiting for a slow reader
+MAX_STALL_S = 60.0  # a message may wait for its reader
+
+MAX_TEXT_BYTES = 1024 * 1024  # a text to tokenise, a conversation, a rendered template
+MAX_DETOKENIZE_IDS = 256 * 1024
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_CHAT_MESSAGES = 1024
@@ -17,7 +23,7 @@ MAX_LOGPROBS = 20  # alternatives per token
 MAX_STOP_STRINGS = 4
 MAX_STOP_STRING_BYTES = 64
 MAX_STOP_TOKEN_IDS = 64
-MAX_BAD_WORDS = 64
+MAX_BAD_WORDS = 64  # each may be tokenised in two ways
 MAX_BAD_WORD_TOKENS = 32
 MAX_LOGIT_BIAS = 300  # entries
 MAX_NGRAM_SIZE = 64

@@ -130,7 +130,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
         count("stop", len(self.stop), MAX_STOP_STRINGS)
         count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
-        count("bad_words", len(self.bad_words_ids), MAX_BAD_WORDS)
+        count("bad_words", len(self.bad_words_ids), 2 * MAX_BAD_WORDS)
         count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for index, text in enumerate(self.stop):
             size = len(text.encode("utf-8", "surrogatepass"))

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from .specs import DTYPE_BYTES, DecoderSpec
 
+MAX_LOGIT_ROWS = 64
+"""Rows of logits that exist at a time; a step that needs more computes them in turns."""
+
 
 class Span(NamedTuple):
     """Half-open run [start, stop) of one dimension."""
@@ -66,6 +69,10 @@ class RankCut(NamedTuple):
     heads: HeadCut
     mlp: Span
     vocab: Span
+    experts: Span = Span(0, 0)
+    """Columns of each expert."""
+    shared: Span = Span(0, 0)
+    """Columns of the shared expert."""
 
 
 def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
@@ -74,19 +81,42 @@ def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
         heads=cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank),
         mlp=cut(model.intermediate_size, tp_size, rank),
         vocab=cut(model.vocab_size, tp_size, rank),
+        experts=cut(model.experts.intermediate_size if model.experts else 0, tp_size, rank),
+        shared=cut(model.experts.shared_size if model.experts else 0, tp_size, rank),
     )
 
 
 def weight_parameters(model: DecoderSpec, tp_size: int, rank: int) -> int:
     """Number of weight elements that one rank holds."""
     part = cut_model(model, tp_size, rank)
+    hidden = model.hidden_size
+    layers = sum(_layer_parameters(model, part, index) for index in range(model.num_layers))
+    tables = (1 if model.tie_embeddings else 2) * hidden + model.head_bias
+    positions = (model.max_context + model.position_offset) * hidden * model.learned_positions
+    norms = (1 + model.embedding_norm) * _norm_parameters(model)
+    return layers + tables * part.vocab.size + positions + norms
+
+
+def _norm_parameters(model: DecoderSpec) -> int:
+    return model.hidden_size * (model.norm_affine + model.norm_bias)
+
+
+def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
     hidden, dim = model.hidden_size, model.head_dim
     query, kv = part.heads.query.size * dim, part.heads.kv.size * dim
-    layer = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * part.mlp.size + 2 * hidden
-    layer += model.attention_bias * (query + 2 * kv) + model.output_bias * hidden
-    layer += model.mlp_bias * (2 * part.mlp.size + hidden)
-    tables = 1 if model.tie_embeddings else 2
-    return model.num_layers * layer + tables * part.vocab.size * hidden + hidden
+    total = hidden * (query + 2 * kv) + query * hidden
+    total += model.attention_bias * (query + 2 * kv) + model.output_bias * hidden
+    if model.qk_norm != "none":
+        total += 2 * dim if model.qk_norm == "head" else query + kv
+    norms = {"pre": 2, "sandwich": 4, "post": 2, "parallel": 1, "parallel_two": 2}[model.block]
+    total += norms * _norm_parameters(model)
+    if model.experts is not None and model.has_experts(layer):
+        experts = model.experts
+        shared = hidden * (1 + 3 * part.shared.size) if experts.shared_size else 0
+        return total + experts.num_experts * hidden * (1 + 3 * part.experts.size) + shared
+    projections = 1 + model.gated_mlp
+    total += (projections + 1) * hidden * part.mlp.size
+    return total + model.mlp_bias * (projections * part.mlp.size + hidden)
 
 
 def kv_bytes_per_token(model: DecoderSpec, tp_size: int, rank: int, dtype: str) -> int:

@@ -10,20 +10,60 @@ DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary positions. `scaling` names the rule; its numbers follow Hugging Face's config."""
 
     theta: float = 10000.0
     rotary_dim: int
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    """Leading elements of a head that are rotated; the others pass through."""
+    scaling: Scaling = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Multiplies cos and sin."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+class ExpertSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of gated experts in place of the feed-forward block of `layers`."""
+
+    num_experts: int
+    per_token: int
+    """Experts that each token goes through."""
+    intermediate_size: int
+    """Columns of one expert; every rank holds its part of every expert."""
+    renormalize: bool
+    """The chosen experts' weights are scaled to a sum of 1."""
+    shared_size: int = 0
+    """Columns of one more expert that every token goes through, weighted by a gate of its own."""
+    layers: tuple[int, ...]
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"]
+Block = Literal["pre", "sandwich", "post", "parallel", "parallel_two"]
+QKNorm = Literal["none", "head", "each", "width"]
 
 
 class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoder-only transformer as data: everything that the one decoder needs to know."""
+    """A decoder-only transformer as data: everything that the one decoder needs to know.
+
+    `block` is how a layer adds to the hidden states h, with norms n, p and blocks a, m:
+
+        pre           h += a(n1(h));      h += m(n2(h))
+        sandwich      h += p1(a(n1(h)));  h += p2(m(n2(h)))
+        post          h += p1(a(h));      h += p2(m(h))
+        parallel      h += a(n1(h)) + m(n1(h))
+        parallel_two  h += a(n1(h)) + m(n2(h))
+    """
 
     family: str
     num_layers: int
@@ -36,14 +76,66 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int
     """Positions the model was made for (tokens)."""
     norm_eps: float
-    rope: RopeSpec
-    activation: Literal["silu"] = "silu"
+    rope: RopeSpec | None = None
+    local_rope: RopeSpec | None = None
+    """Rotation of the layers that have a window, where it differs."""
+    unrotated: tuple[int, ...] = ()
+    """Layers that do not rotate."""
+    activation: Activation = "silu"
     tie_embeddings: bool = False
     attention_bias: bool = False
     """Bias on the query, key and value projections."""
     output_bias: bool = False
     """Bias on the attention output projection."""
     mlp_bias: bool = False
+    head_bias: bool = False
+    block: Block = "pre"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_affine: bool = True
+    """Norms have a weight."""
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    """Added to every norm weight (Gemma stores weight - 1)."""
+    qk_norm: QKNorm = "none"
+    """Norm of queries and keys before rotation, without bias: one weight [head_dim] for all heads,
+    a weight for each head, or one norm over all heads of the projection together."""
+    learned_positions: bool = False
+    """A table of `max_context` + `position_offset` rows, added to the embedding."""
+    position_offset: int = 0
+    alibi_slopes: tuple[float, ...] = ()
+    """One for each query head (Press 2022); empty = none."""
+    windows: tuple[int, ...] = ()
+    """Tokens that each layer sees, the querying one included; 0 = all. Empty = all, everywhere."""
+    attention_scale: float | None = None
+    """Factor of the scores; None = head_dim ** -0.5."""
+    attention_softcap: float = 0.0
+    """Scores s become cap * tanh(s / cap); 0 = not."""
+    qkv_clip: float = 0.0
+    """Queries, keys and values are clamped to [-clip, clip]; 0 = not."""
+    gated_mlp: bool = True
+    """down(act(gate(x)) * up(x)), else down(act(up(x)))."""
+    experts: ExpertSpec | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    residual_scale: float = 1.0
+    """Of all that is added to h."""
+    logit_scale: float = 1.0
+    final_softcap: float = 0.0
+
+    def window(self, layer: int) -> int:
+        """Tokens that layer `layer` sees, 0 = all."""
+        return self.windows[layer] if self.windows else 0
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """The rotation of layer `layer`."""
+        if layer in self.unrotated:
+            return None
+        local = self.local_rope is not None and self.window(layer) > 0
+        return self.local_rope if local else self.rope
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer` has experts in place of the dense feed-forward block."""
+        return self.experts is not None and layer in self.experts.layers
 
 
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from .specs import LoadReport, WorkerSpec
 from .steps import StepPlan, StepResult
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
+BEAT_S = 0.5
 _LENGTH = struct.Struct("<I")
 
 
@@ -40,6 +41,10 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     message: str
 
 
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
+    """A loaded rank's process is alive; sent every `BEAT_S` seconds, whatever it computes."""
+
+
 class Start(msgspec.Struct, frozen=True, array_like=True, tag="start"):
     """What to build; answered by `Progress` and one `LoadReport`."""
 
@@ -50,7 +55,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """End in good order."""
 
 
-FromRank = Hello | Progress | Failed | LoadReport | StepResult
+FromRank = Hello | Progress | Failed | Beat | LoadReport | StepResult
 ToRank = Start | StepPlan | Stop
 
 _encoder = msgspec.msgpack.Encoder()

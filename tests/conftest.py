@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +226,125 @@ def _add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+@dataclass
+class LocalRun:
+    """One replica whose ranks are threads of this process, driven as the cluster drives it."""
+
+    model: Any
+    replica: Any
+    scheduler: Any
+    events: queue.SimpleQueue[Any]
+
+    def generate(self, requests: Sequence[tuple[Sequence[int], Any]]) -> list[list[Any]]:
+        """All requests at once; per request its samples, each a list of `TokenEvent`s."""
+        from phalanx.controller.scheduling.request import Request
+
+        samples: dict[tuple[str, int], list[Any]] = {}
+        for number, (prompt, params) in enumerate(requests):
+            group = [
+                Request(
+                    request_id=f"request-{number}",
+                    sample_index=index,
+                    prompt_token_ids=list(prompt),
+                    params=params,
+                    arrival=float(number),
+                )
+                for index in range(params.n)
+            ]
+            samples |= {request.key: [] for request in group}
+            self.replica.add(group)
+        left = len(samples)
+        while left:
+            for event in self.events.get(timeout=300):
+                samples[event.request_id, event.sample_index].append(event)
+                left -= event.finish is not None
+        return [
+            [samples[f"request-{number}", index] for index in range(params.n)]
+            for number, (_, params) in enumerate(requests)
+        ]
+
+    def tokens(self, requests: Sequence[tuple[Sequence[int], Any]]) -> list[list[int]]:
+        """The output tokens of each request's first sample."""
+        return [
+            [token.token_id for event in samples[0] for token in event.tokens]
+            for samples in self.generate(requests)
+        ]
+
+
+@pytest.fixture
+def local_replica() -> Iterator[Callable[..., LocalRun]]:
+    """Factory: `local_replica(model, tp=1, dtype="float32", **sizes) -> LocalRun`, all running.
+
+    sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching.
+    """
+    with ExitStack() as stack:
+
+        def make(model: Any, **sizes: Any) -> LocalRun:
+            run = _local_run(model, **sizes)
+            stack.callback(run.replica.stop)
+            run.replica.start()
+            return run
+
+        yield make
+
+
+def _local_run(
+    name: Any,
+    *,
+    tp: int = 1,
+    dtype: str = "float32",
+    block_size: int = 16,
+    num_blocks: int = 512,
+    max_tokens_per_step: int = 256,
+    max_running: int = 64,
+    prefix_caching: bool = True,
+) -> LocalRun:
+    from phalanx.controller.cluster.local_fleet import LocalFleet
+    from phalanx.controller.kvcache.manager import KVCacheManager
+    from phalanx.controller.model import resolve_model
+    from phalanx.controller.replica import Replica
+    from phalanx.controller.scheduling.scheduler import Scheduler, SchedulerConfig
+    from phalanx.kernels.select import select_backend
+    from phalanx.protos.specs import CacheSpec, WorkerSpec
+    from phalanx.workers.engine import Engine
+    from phalanx.workers.parallel import SingleRank, ThreadRank
+    from phalanx.workers.serve import serve_rank
+
+    model = resolve_model(str(name))
+    spec = WorkerSpec(
+        checkpoint=model.checkpoint,
+        model=model.spec,
+        dtype=dtype,  # type: ignore[arg-type]
+        tp_size=tp,
+        cache=CacheSpec(block_size=block_size, num_blocks=num_blocks, dtype=dtype),  # type: ignore[arg-type]
+        max_tokens_per_step=max_tokens_per_step,
+        max_running=max_running,
+        eos_token_ids=model.eos_token_ids,
+        device="cpu",
+    )
+    groups: Sequence[Any] = [SingleRank()] if tp == 1 else ThreadRank.group(tp)
+
+    def main(group: Any) -> Callable[[Any, Any], None]:
+        def build(spec: WorkerSpec) -> Engine:
+            return Engine(spec, group, select_backend("cpu")[0])
+
+        return lambda address, hello: serve_rank(address, hello, build)
+
+    fleet = LocalFleet([main(group) for group in groups])
+    fleet.start(spec, lambda rank, done, total: None)
+    config = SchedulerConfig(
+        max_tokens_per_step=max_tokens_per_step,
+        max_running=max_running,
+        max_queued=1024,
+        max_context=model.max_context,
+        eos_token_ids=model.eos_token_ids,
+    )
+    cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
+    scheduler = Scheduler(config, cache)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    replica = Replica(
+        scheduler, fleet, events.put, max_in_flight=config.max_in_flight, step_timeout_s=60
+    )
+    return LocalRun(model, replica, scheduler, events)

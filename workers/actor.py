@@ -28,7 +28,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     fast_bfloat16: bool
     """Whether the device multiplies bfloat16 natively."""
-    x86: bool
+    shared_memory: bool
+    """Whether ranks here may exchange tensors through shared memory."""
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ class RankActor:
             memory_available=memory,
             device=device,
             fast_bfloat16=fast,
-            x86=platform.machine() in ("x86_64", "AMD64"),
+            shared_memory=_shared_memory_works(),
         )
 
     def open_store(self, host: str) -> int:
@@ -79,6 +80,9 @@ class RankActor:
 
     def run(self, address: tuple[str, int], hello: Hello, rendezvous: Rendezvous) -> None:
         """Serve the step loop at `address` until it says stop."""
+        interface = _interface_of(rendezvous.host, ray.util.get_node_ip_address())
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+
         from phalanx.workers.group import build_engine
         from phalanx.workers.serve import serve_rank
 
@@ -86,6 +90,20 @@ class RankActor:
             return build_engine(spec, self._rank, rendezvous, self._listener)
 
         serve_rank(address, hello, build)  # type: ignore[arg-type]
+
+
+def _interface_of(rendezvous_host: str, own_address: str) -> str:
+    """The network interface that peers reach us by; collectives must not guess another one."""
+    wanted = rendezvous_host if rendezvous_host.startswith("127.") else own_address
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == wanted for address in addresses):
+            return name
+    return "lo"
+
+
+def _shared_memory_works() -> bool:
+    """Ordered stores and a place for the segment: what `shared_memory.py` needs."""
+    return platform.machine() in ("x86_64", "AMD64") and os.path.isdir("/dev/shm")
 
 
 def _cpu_flags() -> set[str]:

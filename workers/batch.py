@@ -56,15 +56,23 @@ class Batch:
     """Sequences that sample, in batch order; their logits are the first `len(sampled)` rows."""
     scored: list[tuple[SequenceState, int, int]]
     """(sequence, first position, rows) of prompt positions whose next token is scored."""
+    positions: Tensor | None = None  # int64 [T]
+    local: tuple[Tensor, Tensor] | None = None
+    """cos, sin of the layers that rotate at another pace."""
 
 
 class BatchBuilder:
     """Turns the rows of a plan into a `Batch`, advancing the sequences' `num_computed`."""
 
     def __init__(
-        self, rotary: RotaryTable, backend: KernelBackend, block_size: int, device: torch.device
+        self,
+        rotary: RotaryTable | None,
+        backend: KernelBackend,
+        block_size: int,
+        device: torch.device,
+        local: RotaryTable | None = None,
     ) -> None:
-        self._rotary, self._backend = rotary, backend
+        self._rotary, self._local, self._backend = rotary, local, backend
         self._block_size, self._device = block_size, device
 
     def build(self, rows: Sequence[Row], sequences: dict[int, SequenceState]) -> Batch:
@@ -95,7 +103,8 @@ class BatchBuilder:
                 scored.append((state, first, count))
                 scored_rows += range(start, start + count)
         position_tensor = self._tensor(np.concatenate(positions))
-        cos, sin = self._rotary.at(position_tensor)
+        none = position_tensor[:0]
+        cos, sin = self._rotary.at(position_tensor) if self._rotary else (none, none)
         return Batch(
             token_ids=self._tensor(np.asarray(tokens)),
             slots=self._tensor(np.concatenate(slots)),
@@ -105,6 +114,8 @@ class BatchBuilder:
             logit_rows=self._tensor(np.asarray(sampled_rows + scored_rows, dtype=np.int64)),
             sampled=sampled,
             scored=scored,
+            positions=position_tensor,
+            local=self._local.at(position_tensor) if self._local else None,
         )
 
     def _advance(self, row: Row, sequences: dict[int, SequenceState]) -> SequenceState:

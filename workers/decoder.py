@@ -11,68 +11,19 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.shards import RankCut, cut_model
+from phalanx.protos.shards import cut_model
 from phalanx.protos.specs import DecoderSpec
 
 from .batch import Batch
 from .cache import LayerCache
-from .layers.attention import Attention
-from .layers.embedding import VocabParallelEmbedding, VocabParallelHead, VocabTable
-from .layers.linear import ColumnParallelLinear, RowParallelLinear
-from .layers.mlp import GatedMLP
+from .fused import FusedLayers
+from .layers.block import DecoderLayer
+from .layers.embedding import PositionTable, VocabParallelEmbedding, VocabParallelHead, VocabTable
+from .layers.norm import Norm, Normalize
 from .loading.pieces import Piece
-from .models.registry import LayerNames, ModelNames
+from .models.layout import PLAIN
+from .models.registry import ModelNames
 from .parallel import TensorParallel
-
-
-class Norm:
-    """The weight of one RMSNorm."""
-
-    def __init__(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(size, dtype=dtype, device=device)
-        self.pieces = [Piece(name, self.weight)]
-
-
-class DecoderLayer:
-    """Pre-norm attention and feed-forward, the residual sum carried beside them."""
-
-    def __init__(
-        self,
-        model: DecoderSpec,
-        part: RankCut,
-        names: LayerNames,
-        group: TensorParallel,
-        backend: KernelBackend,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._backend, self._eps = backend, model.norm_eps
-        self.input_norm = Norm(names.input_norm, model.hidden_size, dtype, device)
-        self.attention = Attention(model, part.heads, names, group, backend, dtype, device)
-        self.post_norm = Norm(names.post_norm, model.hidden_size, dtype, device)
-        self.mlp = GatedMLP(model, part.mlp, names, group, backend, dtype, device)
-
-    @property
-    def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
-        """The layer's linear layers, in the order of their use."""
-        attention, mlp = self.attention, self.mlp
-        return [attention.qkv, attention.output, mlp.gate_up, mlp.down]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """What the checkpoint must fill."""
-        norms = [*self.input_norm.pieces, *self.post_norm.pieces]
-        return norms + [piece for linear in self.linears for piece in linear.pieces]
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        """(block output [T, hidden], residual before it is added)."""
-        norm, eps = self._backend.add_rms_norm, self._eps
-        x, residual = norm(x, residual, self.input_norm.weight, eps)
-        x = self.attention(x, batch, cache)
-        x, residual = norm(x, residual, self.post_norm.weight, eps)
-        return self.mlp(x), residual
 
 
 class Decoder:
@@ -88,41 +39,96 @@ class Decoder:
         device: torch.device,
     ) -> None:
         part = cut_model(model, group.size, group.rank)
-        self._backend, self._eps, self._tied = backend, model.norm_eps, model.tie_embeddings
-        self.vocab = part.vocab
-        table = VocabTable(names.embedding, part.vocab, model.hidden_size, dtype, device)
+        self._model, self._backend, self._group, self._part = model, backend, group, part
+        self._fused: FusedLayers | None = None
+        self.vocab, hidden = part.vocab, model.hidden_size
+        table = VocabTable(names.embedding, part.vocab, hidden, dtype, device)
         self._tables = [table]
         self._embedding = VocabParallelEmbedding(table, group)
         if not model.tie_embeddings:
-            table = VocabTable(names.head, part.vocab, model.hidden_size, dtype, device)
+            table = VocabTable(names.head, part.vocab, hidden, dtype, device, names.head_bias)
             self._tables.append(table)
         self._head = VocabParallelHead(table)
-        self._final_norm = Norm(names.final_norm, model.hidden_size, dtype, device)
+        self._positions: PositionTable | None = None
+        if model.learned_positions:
+            rows = model.max_context + model.position_offset
+            self._positions = PositionTable(names.positions, rows, hidden, dtype, device)
+        self._norm = Normalize(model, backend)
+        layout = names.layouts.get("final_norm", PLAIN)
+        self._final_norm = Norm(names.final_norm, hidden, dtype, device, model=model, layout=layout)
+        self._embedding_norm: Norm | None = None
+        if model.embedding_norm:
+            self._embedding_norm = Norm(names.embedding_norm, hidden, dtype, device, model=model)
         self.layers = [
-            DecoderLayer(model, part, names.layer(index), group, backend, dtype, device)
+            DecoderLayer(
+                model,
+                part,
+                names.layer(index),
+                group,
+                backend,
+                dtype,
+                device,
+                layer=index,
+                layouts=names.layouts,
+            )
             for index in range(model.num_layers)
         ]
 
     @property
     def stages(self) -> list[list[Piece]]:
         """What the checkpoint must fill, in pieces that are loaded and packed together."""
-        tables = [piece for table in self._tables for piece in table.pieces]
-        return [tables + self._final_norm.pieces, *(layer.pieces for layer in self.layers)]
+        outer = [*self._tables, self._positions, self._embedding_norm, self._final_norm]
+        first = [piece for part in outer if part is not None for piece in part.pieces]
+        return [first, *(layer.pieces for layer in self.layers)]
 
     def pack(self, stage: int) -> None:
         """Hand the weights of a filled stage to the backend; stage 0 is embedding and head."""
         if stage == 0:
-            self._head.pack(self._backend, shared=self._tied)
+            self._head.pack(self._backend, shared=self._model.tie_embeddings)
             return
         for linear in self.layers[stage - 1].linears:
             linear.pack(self._backend)
 
+    def fuse(self, cache: Sequence[LayerCache]) -> bool:
+        """Let the backend run all layers in one call, on these pools, if it can; once packed."""
+        self._fused = FusedLayers.of(
+            self._model,
+            self._part,
+            self.layers,
+            self._final_norm,
+            cache,
+            self._group,
+            self._backend,
+        )
+        return self._fused is not None
+
     def __call__(self, batch: Batch, cache: Sequence[LayerCache]) -> Tensor:
-        """Logits [len(batch.logit_rows), local vocabulary]."""
-        x = self._embedding(batch.token_ids)
+        """Final hidden states of the rows that need logits, [len(batch.logit_rows), hidden]."""
+        x = self._embed(batch)
+        if self._fused is not None:
+            return self._fused(x, batch)
         residual = torch.zeros_like(x)
         for layer, pages in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, batch, pages)
         x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        x, _ = self._backend.add_rms_norm(x, residual, self._final_norm.weight, self._eps)
-        return self._head(x)
+        x, _ = self._norm.add(x, residual, self._final_norm)
+        return x
+
+    def _embed(self, batch: Batch) -> Tensor:
+        model = self._model
+        x = self._embedding(batch.token_ids)
+        if model.embedding_scale != 1.0:
+            # rounded to the dtype first, as the models were trained
+            x = x * torch.tensor(model.embedding_scale, dtype=x.dtype, device=x.device)
+        if self._positions is not None and batch.positions is not None:
+            x = x + self._positions(batch.positions + model.position_offset)
+        return x if self._embedding_norm is None else self._norm(x, self._embedding_norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] -> [rows, local vocabulary]."""
+        model, logits = self._model, self._head(hidden)
+        if model.logit_scale != 1.0:
+            logits = logits * model.logit_scale
+        if model.final_softcap:
+            logits = model.final_softcap * torch.tanh(logits / model.final_softcap)
+        return logits

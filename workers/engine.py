@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
-from phalanx.protos.shards import cut_model
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import (
     PromptLogprobs,
@@ -28,7 +28,7 @@ from .layers.rope import RotaryTable
 from .loading.assign import fill
 from .models.registry import tensor_names
 from .parallel import TensorParallel
-from .sampling.sampler import Sampler, SampleRow
+from .sampling.sampler import Sampled, Sampler, SampleRow
 
 
 class Engine:
@@ -40,14 +40,18 @@ class Engine:
         self._device = torch.device(spec.device)
         dtype = getattr(torch, spec.dtype)
         self._checkpoint = open_checkpoint(spec.checkpoint)
-        self._names = tensor_names(model, self._checkpoint.kind)
+        self._names = tensor_names(model, self._checkpoint.kind, self._checkpoint.names())
         self._decoder = Decoder(model, self._names, group, backend, dtype, self._device)
         part = cut_model(model, group.size, group.rank)
         self._cache = PagedCache(
             spec.cache, model.num_layers, part.heads.kv.size, model.head_dim, self._device
         )
-        rotary = RotaryTable(model.rope, model.max_context, dtype, self._device)
-        self._builder = BatchBuilder(rotary, backend, spec.cache.block_size, self._device)
+        rotary, local = (
+            RotaryTable(rope, model.max_context, dtype, self._device) if rope else None
+            for rope in (model.rope, model.local_rope)
+        )
+        block_size = spec.cache.block_size
+        self._builder = BatchBuilder(rotary, backend, block_size, self._device, local)
         self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
         self._sequences: dict[int, SequenceState] = {}
         self._next_step = 0
@@ -65,6 +69,7 @@ class Engine:
             ignored=self._names.ignored,
             progress=progress,
         )
+        self._decoder.fuse(self._cache.layers)
         return LoadReport(
             rank=self._group.rank,
             weight_bytes=weight_bytes,
@@ -82,6 +87,7 @@ class Engine:
             raise GroupLost(
                 f"plan {plan.epoch}.{plan.step} came, {self._spec.epoch}.{self._next_step} is due"
             )
+        self._check_ids(plan)
         self._next_step += 1
         for seq in plan.finished:
             self._sequences.pop(seq, None)
@@ -93,9 +99,9 @@ class Engine:
         scores: list[PromptLogprobs] = []
         if plan.rows:
             batch = self._builder.build(plan.rows, self._sequences)
-            logits = self._decoder(batch, self._cache.layers)
-            sampled, failures = self._sample(batch, logits[: len(batch.sampled)])
-            scores, unscored = self._score(batch, logits[len(batch.sampled) :])
+            hidden = self._decoder(batch, self._cache.layers)
+            sampled, failures = self._sample(batch, hidden[: len(batch.sampled)])
+            scores, unscored = self._score(batch, hidden[len(batch.sampled) :])
             failures += unscored
         return StepResult(
             epoch=plan.epoch,
@@ -106,18 +112,31 @@ class Engine:
             execute_s=time.perf_counter() - started,
         )
 
+    def _check_ids(self, plan: StepPlan) -> None:
+        """Compiled kernels read and write where these point, without looking."""
+        blocks = [block for row in plan.rows for block in row.new_blocks]
+        blocks += [block for copy in plan.copies for block in (copy.source, copy.target)]
+        tokens = [token for new in plan.new for token in new.token_ids]
+        limits = (self._spec.cache.num_blocks, self._spec.model.vocab_size)
+        for name, ids, limit in zip(("block", "token"), (blocks, tokens), limits, strict=True):
+            if ids and not 0 <= min(ids) <= max(ids) < limit:
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise GroupLost(f"plan names {name} {wrong}, there are {limit}")
+
     def _sample(
-        self, batch: Batch, logits: Tensor
+        self, batch: Batch, hidden: Tensor
     ) -> tuple[list[SampledToken], list[SequenceFailure]]:
         tokens: list[SampledToken] = []
         failures: list[SequenceFailure] = []
-        if not batch.sampled:
-            return tokens, failures
+        choices: list[Sampled] = []
         rows = [
             SampleRow(state.token_ids, state.num_prompt, state.params, state.sample_index)
             for state in batch.sampled
         ]
-        for state, choice in zip(batch.sampled, self._sampler.sample(logits, rows), strict=True):
+        for start in range(0, len(rows), MAX_LOGIT_ROWS):
+            part = slice(start, start + MAX_LOGIT_ROWS)
+            choices += self._sampler.sample(self._decoder.logits(hidden[part]), rows[part])
+        for state, choice in zip(batch.sampled, choices, strict=True):
             if choice.error is not None:
                 failures.append(SequenceFailure(state.seq, choice.error))
             # a failed sequence gets a token as well: a plan already sent may count on it
@@ -128,7 +147,7 @@ class Engine:
         return tokens, failures
 
     def _score(
-        self, batch: Batch, logits: Tensor
+        self, batch: Batch, hidden: Tensor
     ) -> tuple[list[PromptLogprobs], list[SequenceFailure]]:
         """Log-probabilities of prompt tokens: row i of a sequence predicts token i + 1."""
         scores: list[PromptLogprobs] = []
@@ -137,8 +156,12 @@ class Engine:
         for state, first, count in batch.scored:
             targets = state.token_ids[first + 1 : first + 1 + count]
             try:
-                rows = logits[start : start + count]
-                pairs = self._sampler.score(rows, targets, state.params.prompt_logprobs or 0)
+                pairs = []
+                for offset in range(0, count, MAX_LOGIT_ROWS):
+                    part = slice(offset, min(offset + MAX_LOGIT_ROWS, count))
+                    logits = self._decoder.logits(hidden[start:][part])
+                    top = state.params.prompt_logprobs or 0
+                    pairs += self._sampler.score(logits, targets[part], top)
             except RequestFailed as error:  # raised on every rank alike
                 failures.append(SequenceFailure(state.seq, str(error)))
             else:

@@ -118,12 +118,9 @@ def _shared_memory(
         return bytes(store.get("segment"))
 
     def barrier() -> None:
-        store.add("opened", 1)
-        if rank == 0:
-            while store.add("opened", 0) < size:
-                pass
+        if store.add("opened", 1) == size:
             store.set("all-open", "1")
-        store.wait(["all-open"])
+        store.wait(["all-open"])  # no longer than the store's timeout
 
     return SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
 

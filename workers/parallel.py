@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from phalanx.protos.errors import GroupLost
+
 
 class TensorParallel(Protocol):
     """A rank's view of its group. Every rank makes the same calls in the same order."""
@@ -89,7 +91,10 @@ class ThreadRank:
         """Stack the tensors of all threads."""
         board = self._board
         board.slots[self._rank] = tensor
-        board.barrier.wait()
-        stacked = torch.stack([slot for slot in board.slots if slot is not None])
-        board.barrier.wait()  # nobody overwrites a slot that is still being read
+        try:
+            board.barrier.wait()
+            stacked = torch.stack([slot for slot in board.slots if slot is not None])
+            board.barrier.wait()  # nobody overwrites a slot that is still being read
+        except threading.BrokenBarrierError:
+            raise GroupLost(f"rank {self._rank}: a peer did not come to a collective") from None
         return stacked

@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 
 from phalanx.protos.errors import GroupLost, PhalanxError
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan
-from phalanx.protos.wire import Failed, Hello, Progress, Start, Stop, encode, read_to_rank
+from phalanx.protos.wire import (
+    BEAT_S,
+    Beat,
+    Failed,
+    FromRank,
+    Hello,
+    Progress,
+    Start,
+    Stop,
+    encode,
+    read_to_rank,
+)
 
 from .engine import Engine
 
 PROGRESS_MESSAGES = 100
 """About how many progress messages a rank sends while loading."""
+
+
+class Voice:
+    """What a rank says to the step loop. Frames of its two threads do not mix."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+        self._over = threading.Event()
+
+    def say(self, message: FromRank) -> None:
+        """Send one frame. Raises `GroupLost` when the step loop is gone."""
+        try:
+            with self._lock:
+                self._connection.sendall(encode(message))
+        except OSError as error:
+            raise GroupLost("the step loop is gone") from error
+
+    def beat(self) -> None:
+        """Send beats on a thread of their own until `hush`."""
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def hush(self) -> None:
+        """End the beats."""
+        self._over.set()
+
+    def _beat(self) -> None:
+        try:
+            while not self._over.wait(BEAT_S):
+                self.say(Beat())
+        except GroupLost:
+            return  # the other thread finds that out as well
 
 
 def serve_rank(
@@ -28,25 +71,30 @@ def serve_rank(
     """
     with socket.create_connection(address) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(encode(hello))
+        voice = Voice(connection)
         try:
-            _serve(connection, hello.rank, build)
+            voice.say(hello)
+            _serve(connection, voice, hello.rank, build)
         except PhalanxError as error:
-            _tell(connection, type(error).__name__, str(error))
+            _tell(voice, type(error).__name__, str(error))
             raise
         except Exception as error:
-            _tell(connection, "GroupLost", f"{type(error).__name__}: {error}")
+            _tell(voice, "GroupLost", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            voice.hush()
 
 
-def _tell(connection: socket.socket, kind: str, message: str) -> None:
+def _tell(voice: Voice, kind: str, message: str) -> None:
     try:
-        connection.sendall(encode(Failed(kind, message)))
-    except OSError:
-        return  # the step loop is gone; the raised error is all that is left to say
+        voice.say(Failed(kind, message))
+    except GroupLost:
+        return  # the raised error is all that is left to say
 
 
-def _serve(connection: socket.socket, rank: int, build: Callable[[WorkerSpec], Engine]) -> None:
+def _serve(
+    connection: socket.socket, voice: Voice, rank: int, build: Callable[[WorkerSpec], Engine]
+) -> None:
     start = read_to_rank(connection)
     if isinstance(start, Stop):
         return
@@ -59,12 +107,13 @@ def _serve(connection: socket.socket, rank: int, build: Callable[[WorkerSpec], E
         nonlocal told
         if done * PROGRESS_MESSAGES >= told * total:
             told = done * PROGRESS_MESSAGES // max(total, 1) + 1
-            connection.sendall(encode(Progress(done, total)))
+            voice.say(Progress(done, total))
 
-    connection.sendall(encode(engine.load(progress)))
+    voice.say(engine.load(progress))
+    voice.beat()
     while isinstance(message := read_to_rank(connection), StepPlan):
         result = engine.step(message)
         if rank == 0:
-            connection.sendall(encode(result))
+            voice.say(result)
     if not isinstance(message, Stop):
         raise GroupLost(f"{type(message).__name__} came instead of a plan")

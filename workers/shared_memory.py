@@ -7,11 +7,12 @@ bit-equal everywhere. Two slots a rank, used in turn, let a fast rank write its 
 a slow one still reads: nobody can be two calls ahead, since each call waits for everyone.
 
 The counters are plain 8-byte stores after the data; x86 keeps stores in order, other machines
-need not, so `supported()` says no there.
+need not, so groups there use gloo.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phalanx.protos.errors import GroupLost
+from phalanx.kernels.fused import SharedSegment
+from phalanx.protos.errors import ConfigError, GroupLost
 
 LINE = 64  # bytes between counters, so that ranks do not share a cache line
 FOLDER = "/dev/shm"
@@ -36,8 +38,22 @@ def supported() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and os.path.isdir(FOLDER)
 
 
+def _create(path: str, length: int) -> int:
+    """A new file of `length` bytes, all of them reserved; returns its descriptor."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(handle, 0, length)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(
+            f"{FOLDER} has no room for the {length} bytes that the ranks share "
+            f"({error.strerror}); give it more, or choose fewer max_tokens_per_step"
+        ) from None
+    return handle
+
+
 class SharedMemoryRank:
-    """`TensorParallel` over one memory segment; tensors up to `slot_bytes`."""
+    """`TensorParallel` over one memory segment; tensors beyond `slot_bytes` go in pieces."""
 
     def __init__(
         self, rank: int, size: int, segment: mmap.mmap, slot_bytes: int, timeout: timedelta
@@ -64,22 +80,24 @@ class SharedMemoryRank:
         """Open the group's segment.
 
         `exchange` broadcasts rank 0's bytes (others' argument is ignored). The file is unlinked
-        as soon as all have it open, so that nothing stays behind however the ranks end.
+        as soon as all have it open, so that nothing stays behind however the ranks end. Raises
+        `ConfigError` where shared memory has no room for the segment.
         """
         slot_bytes = -(-slot_bytes // LINE) * LINE
         length = size * LINE + 2 * size * slot_bytes
-        path = f"{FOLDER}/phalanx-{secrets.token_hex(8)}" if rank == 0 else ""
-        if rank == 0:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            os.posix_fallocate(handle, 0, length)
-        path = exchange(path.encode()).decode()
-        if rank != 0:
-            handle = os.open(path, os.O_RDWR)
-        segment = mmap.mmap(handle, length)
-        os.close(handle)
-        barrier()
-        if rank == 0:
-            os.unlink(path)
+        path = f"{FOLDER}/phalanx-{secrets.token_hex(8)}"
+        try:
+            handle = _create(path, length) if rank == 0 else -1
+            told = exchange(path.encode() if rank == 0 else b"").decode()
+            if rank != 0:
+                handle = os.open(told, os.O_RDWR)
+            segment = mmap.mmap(handle, length)
+            os.close(handle)
+            barrier()
+        finally:
+            if rank == 0:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
         return cls(rank, size, segment, slot_bytes, timeout)
 
     @property
@@ -92,11 +110,34 @@ class SharedMemoryRank:
         """Number of ranks."""
         return self._size
 
+    @property
+    def segment(self) -> SharedSegment:
+        """The memory, for kernels that follow the protocol themselves between our calls."""
+        address = self._counters.__array_interface__["data"][0]
+        return SharedSegment(address, self._rank, self._size, self._slot_bytes, self._timeout)
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum in rank order: 16-bit types are added in float32 and rounded once."""
+        most = self._slot_bytes // tensor.element_size()
+        if tensor.numel() <= most:
+            return self._sum(tensor)
+        pieces = [self._sum(piece) for piece in torch.split(tensor.reshape(-1), most)]
+        return torch.cat(pieces).view(tensor.shape)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Stack the tensors of all ranks."""
+        most = self._slot_bytes // tensor.element_size()
+        if tensor.numel() <= most:
+            return torch.stack(self._share(tensor))
+        pieces = [
+            torch.stack(self._share(piece)) for piece in torch.split(tensor.reshape(-1), most)
+        ]
+        return torch.cat(pieces, dim=1).view(self._size, *tensor.shape)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
         views = self._share(tensor)
         if self._size == 2 or tensor.dtype in (torch.float32, torch.float64, torch.int64):
-            total = torch.add(views[0], views[1])
+            total = views[0].clone() if self._size == 1 else torch.add(views[0], views[1])
             for view in views[2:]:
                 total += view
             return total
@@ -105,16 +146,11 @@ class SharedMemoryRank:
             wide += view
         return wide.to(tensor.dtype)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Stack the tensors of all ranks."""
-        return torch.stack(self._share(tensor))
-
     def _share(self, tensor: Tensor) -> list[Tensor]:
         """Everyone's tensor of this call, valid until the call after the next."""
         size = tensor.numel() * tensor.element_size()
-        if size > self._slot_bytes:
-            raise ValueError(f"{size} bytes do not fit a slot of {self._slot_bytes}")
-        self._call += 1
+        # kernels may have made calls since ours: the own counter in the segment knows
+        self._call = int(self._counters[self._rank]) + 1
         slots = self._slots[self._call & 1]
         views = [
             slots[rank, :size].view(tensor.dtype).view(tensor.shape) for rank in range(self._size)

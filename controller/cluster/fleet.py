@@ -37,5 +37,11 @@ class Fleet(Protocol):
         """The answer to the oldest plan without one. Raises `GroupLost` when a rank died, when
         ranks disagree, or after `timeout_s` seconds."""
 
-    def stop(self) -> None:
-        """End every rank and free what it holds; may be called at any time, more than once."""
+    def check(self) -> None:
+        """Raise `GroupLost` if a rank has gone, without waiting; for idle times."""
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End every rank and free what it holds; may be called at any time, more than once.
+
+        at_once: a rank is lost, the others cannot end in good order.
+        """

@@ -17,23 +17,50 @@ from collections.abc import Callable
 from phalanx.protos.errors import ConfigError, GroupLost, ModelError, PhalanxError
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
-from phalanx.protos.wire import Failed, Hello, Progress, Start, Stop, encode, read_from_rank
+from phalanx.protos.wire import (
+    Beat,
+    Failed,
+    Hello,
+    Progress,
+    Start,
+    Stop,
+    encode,
+    read_from_rank,
+)
 
 HELLO_BYTES = 1024
 HELLO_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 3.0
+LISTEN_S = 0.25  # between two looks at who has been silent
 _KNOWN_ERRORS: dict[str, type[PhalanxError]] = {
     "ModelError": ModelError,
     "ConfigError": ConfigError,
 }
 
+_Message = LoadReport | Progress | StepResult | Hello
+
 
 class RankLinks:
     """One connection per rank. Used by one thread at a time."""
 
-    def __init__(self, size: int, epoch: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        size: int,
+        epoch: int,
+        host: str = "127.0.0.1",
+        *,
+        silence_timeout_s: float = SILENCE_TIMEOUT_S,
+    ) -> None:
+        """silence_timeout_s: a loaded rank that says nothing for so long is lost."""
         self.secret = secrets.token_bytes(32)
+        self._silence_timeout_s = silence_timeout_s
+        self._heard: dict[int, float] = {}
+        self._loaded = False
         self._size, self._epoch = size, epoch
-        self._listener = socket.create_server((host, 0), backlog=max(size, 8))
+        try:
+            self._listener = socket.create_server((host, 0), backlog=max(size, 8))
+        except OSError as error:
+            raise GroupLost(f"{host} cannot be bound for the ranks: {error.strerror}") from None
         self._ranks: list[socket.socket | None] = [None] * size
         self._selector = selectors.DefaultSelector()
 
@@ -96,6 +123,8 @@ class RankLinks:
                 progress(rank, message.done, message.total)
             else:
                 raise GroupLost(f"rank {rank} sent {type(message).__name__} while loading")
+        self._heard = dict.fromkeys(reports, time.monotonic())
+        self._loaded = True
         return [reports[rank] for rank in range(self._size)]
 
     def send(self, plan: StepPlan) -> None:
@@ -109,6 +138,14 @@ class RankLinks:
             return message
         raise GroupLost(f"rank {rank} sent {type(message).__name__} instead of a result")
 
+    def check(self) -> None:
+        """Between steps ranks have nothing to say but that they live. Does not wait."""
+        while ready := self._selector.select(0):
+            rank, message = self._read(ready)
+            if not isinstance(message, Beat):
+                raise GroupLost(f"rank {rank} sent {type(message).__name__} unasked")
+        self._check_silence()
+
     def _broadcast(self, frame: bytes) -> None:
         for rank, connection in enumerate(self._ranks):
             if connection is None:
@@ -118,11 +155,24 @@ class RankLinks:
             except OSError as error:
                 raise GroupLost(f"rank {rank}: connection lost") from error
 
-    def _next(self, timeout_s: float) -> tuple[int, LoadReport | Progress | StepResult | Hello]:
-        """The next message of any rank; trouble of any rank ends the group."""
-        ready = self._selector.select(max(timeout_s, 0))
-        if not ready:
-            raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
+    def _next(self, timeout_s: float) -> tuple[int, _Message]:
+        """The next message of any rank but beats; trouble of any rank ends the group."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            ready = self._selector.select(max(min(left, LISTEN_S), 0))
+            if ready:
+                rank, message = self._read(ready)
+                if not isinstance(message, Beat):
+                    return rank, message
+                continue
+            # only now: what has been said waits to be read even if we were the ones who slept
+            self._check_silence()
+            if left <= 0:
+                raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
+
+    def _read(self, ready: list[tuple[selectors.SelectorKey, int]]) -> tuple[int, _Message | Beat]:
+        """One message of one of the sockets that can be read."""
         # a closed or complaining rank goes before a result, so look at the others first
         key = max(ready, key=lambda item: int(item[0].data))[0]
         rank, connection = int(key.data), key.fileobj
@@ -135,7 +185,17 @@ class RankLinks:
         if isinstance(message, Failed):
             kind = _KNOWN_ERRORS.get(message.kind, GroupLost)
             raise kind(f"rank {rank}: {message.message}")
+        self._heard[rank] = time.monotonic()
         return rank, message
+
+    def _check_silence(self) -> None:
+        """A process that is stopped, or cut off, closes no socket; it only falls silent."""
+        if not self._loaded:
+            return
+        for rank, heard in self._heard.items():
+            silent = time.monotonic() - heard
+            if silent > self._silence_timeout_s:
+                raise GroupLost(f"rank {rank} has been silent for {silent:.1f} s")
 
     def close(self) -> None:
         """Ask the ranks to end and close everything."""

@@ -58,7 +58,11 @@ class LocalFleet:
         """From rank 0."""
         return self._open().receive(timeout_s)
 
-    def stop(self) -> None:
+    def check(self) -> None:
+        """Raise `GroupLost` if a rank has gone."""
+        self._open().check()
+
+    def stop(self, *, at_once: bool = False) -> None:
         """Close the sockets; the threads end by themselves."""
         if self._links is not None:
             self._links.close()

@@ -9,12 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from phalanx.protos.errors import ConfigError
-from phalanx.protos.shards import cut_model, kv_bytes_per_token, weight_parameters
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, kv_bytes_per_token, weight_parameters
 from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType
 
-MAX_LOGIT_ROWS = 64
-HIDDEN_COPIES = 4  # block input, residual, normalised copy, block output
-SAMPLER_COPIES = 3  # logits in float32, their sorted values, indices or probabilities
+HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
+INNER_COPIES = 4  # gate and up, the activated gate, the product
+QUERY_COPIES, KV_COPIES = 4, 5  # fused projection, rotated copy, gathered pages, outputs
+INDEX_BYTES = 16  # token id and slot
+LOGIT_COPIES = 3  # in float32: raw, adjusted, and those of the rows that share a way of sampling
+PIECE_BYTES = 24  # of a logit while its random number is made
+PIECE_LOGITS = 1 << 18  # that this is done for at a time, at least one row
+SCORE_BYTES = 12  # of a score that is capped or biased, while it is made a weight
+PIECE_SCORES = 1 << 20  # that this is done for at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +73,43 @@ def activation_bytes(
     max_tokens_per_step: int,
     max_running: int,
 ) -> int:
-    """Estimated peak of a step's temporaries on one rank, in bytes.
+    """Peak of a step's temporaries on one rank, in bytes: an estimate from above.
 
     With T tokens a step, b bytes an element, q, kv, m and v the rank's query, key/value, MLP and
-    vocabulary columns, and R = min(max_running, 64) rows of logits:
+    vocabulary columns, r the rotated dimensions, and R = min(max_running, 64) rows of logits, it
+    is the largest of
 
-        T (4 hidden b + max(2 (q + 2 kv) b + q b + 4 q, 3 m b)) + R v (b + 3 * 4)
+        T (4 hidden b + r b + 16 + max(4 q + 5 kv, 4 m) b)                 the layers
+        R v (3 * 4 + (b if b < 4 else 0)) + 24 min(R v, max(v, 2**18))     sampling
+        S v (4 + (b if b < 4 else 0)) + 24 min(S v, max(v, 2**18))         scoring a prompt
 
-    The first term is the hidden states, the second the larger of the two blocks: attention (fused
-    projection, its rotated copy, the output, and a float32 accumulator) or feed-forward (gate and
-    up, their product). The last is the logits in the model's dtype and the sampler's float32
-    copies.
+    with S = min(T, 64). The first is hidden states, angles and indices, with the larger of the two
+    blocks; the others are the logits as the head gives them, their float32 copies, and what is
+    worked out in pieces. Blocks that keep their input need one hidden state more, a sliding window
+    a mask of T^2 bytes, and scores that are capped or biased 12 bytes each, a piece at a time. Of
+    the pages that attention gathers, no more are counted than the step has tokens.
     """
     part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[dtype]
     query = part.heads.query.size * model.head_dim
     kv = part.heads.kv.size * model.head_dim
-    attention = 2 * (query + 2 * kv) * size + query * size + 4 * query
-    feed_forward = 3 * part.mlp.size * size
-    token = HIDDEN_COPIES * model.hidden_size * size + max(attention, feed_forward)
-    rows = min(max_running, MAX_LOGIT_ROWS)
-    logits = rows * part.vocab.size * (size + SAMPLER_COPIES * 4)
-    return max_tokens_per_step * token + logits
+    block = max(QUERY_COPIES * query + KV_COPIES * kv, INNER_COPIES * part.mlp.size)
+    block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post"))
+    angles = sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
+    elements = HIDDEN_COPIES * model.hidden_size + angles + block
+    layers = max_tokens_per_step * (elements * size + INDEX_BYTES)
+    layers += max_tokens_per_step**2 * any(model.windows)
+    if model.attention_softcap or model.alibi_slopes:
+        scores = part.heads.query.size * max_tokens_per_step**2
+        layers += SCORE_BYTES * min(scores, PIECE_SCORES)
+    sampling = _logit_bytes(part.vocab.size, min(max_running, MAX_LOGIT_ROWS), size, LOGIT_COPIES)
+    scoring = _logit_bytes(part.vocab.size, min(max_tokens_per_step, MAX_LOGIT_ROWS), size, 1)
+    return max(layers, sampling, scoring)
+
+
+def _logit_bytes(columns: int, rows: int, size: int, copies: int) -> int:
+    """Logits of `size` bytes, float32 copies of them, and the work on a piece of them."""
+    piece = min(rows * columns, max(columns, PIECE_LOGITS))
+    return rows * columns * (copies * 4 + (size if size < 4 else 0)) + PIECE_BYTES * piece
 
 
 def plan_memory(
@@ -157,7 +179,9 @@ def _fixed(
         rank=rank,
         weights=weight_parameters(model, tp_size, rank) * DTYPE_BYTES[dtype],
         # cos and sin of half the rotated dimensions, in the model's dtype
-        rope_table=model.max_context * model.rope.rotary_dim * DTYPE_BYTES[dtype],
+        rope_table=model.max_context
+        * sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
+        * DTYPE_BYTES[dtype],
         activations=activation_bytes(
             model,
             dtype=dtype,

@@ -14,7 +14,14 @@ from phalanx.protos.errors import ModelError
 from .gguf import GgufFile
 from .slices import Array
 
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+_GEMMA3_27B_LAYERS = 62  # the one size that scales its scores by the hidden size a head
 _SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -77,7 +84,31 @@ def describe_gguf(file: GgufFile) -> ModelDescription:
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "rope_parameters": {"rope_theta": theta, **_scaling(file, fields, theta, head_dim)},
     }
+    if fields.prefix == "gemma3":
+        config |= _gemma3(fields, config, head_dim)
     return ModelDescription(file.file, config)
+
+
+def _gemma3(fields: _Fields, config: dict[str, object], head_dim: int) -> dict[str, object]:
+    """What llama.cpp knows of Gemma 3 without being told by the file."""
+    largest = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+    scalar = fields.integer("embedding_length") // fields.integer("attention.head_count")
+    local = fields.number("rope.freq_base_swa", 10000.0)
+    cap = fields.number("final_logit_softcapping", 0.0)
+    return {
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": fields.integer("attention.sliding_window"),
+        "sliding_window_pattern": fields.integer(
+            "attention.sliding_window_pattern", _GEMMA3_PERIOD
+        ),
+        "query_pre_attn_scalar": scalar if largest else head_dim,
+        "final_logit_softcapping": cap or None,
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
 
 
 class _Fields:
@@ -138,6 +169,13 @@ def _scaling(file: GgufFile, fields: _Fields, theta: float, head_dim: int) -> di
     if "rope_freqs.weight" not in file.tensors:
         if rule == "none":
             return {"rope_type": "default"}
+        if rule == "yarn":
+            original = fields.integer("rope.scaling.original_context_length")
+            return {
+                "rope_type": rule,
+                "factor": factor,
+                "original_max_position_embeddings": original,
+            }
         return {"rope_type": rule, "factor": factor}
     factors = file.read("rope_freqs.weight")
     if rule != "none" or factors.shape != (head_dim // 2,) or factors.dtype != np.float32:

@@ -6,21 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phalanx.kernels.interface import KernelBackend, PackedLinear
+from phalanx.kernels.fused import RowLookup
+from phalanx.kernels.interface import KernelBackend, PackedLinear, WideLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.parallel import TensorParallel
 
 
 class VocabTable:
-    """This rank's vocabulary rows of one [vocabulary, hidden] table."""
+    """This rank's vocabulary rows of one [vocabulary, hidden] table, and of a head's bias."""
 
     def __init__(
-        self, name: str, vocab: Span, hidden: int, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        vocab: Span,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: str | None = None,
     ) -> None:
         self.vocab = vocab
+        self._rows: RowLookup | None = None
         self.weight = torch.empty(vocab.size, hidden, dtype=dtype, device=device)
         self.pieces = [Piece(name, self.weight, rows=vocab)]
+        self.bias: Tensor | None = None
+        if bias is not None:
+            self.bias = torch.empty(vocab.size, dtype=dtype, device=device)
+            self.pieces.append(Piece(bias, self.bias, rows=vocab))
+
+    def release(self, rows: RowLookup | None = None) -> None:
+        """Forget the weight, once it is held in another layout, of which `rows` reads rows."""
+        self.weight, self.pieces = self.weight[:0].clone(), []
+        self._rows = rows
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of the table for local ids, int64 [T] -> [T, hidden]."""
+        return F.embedding(ids, self.weight) if self._rows is None else self._rows.rows(ids)
 
 
 class VocabParallelEmbedding:
@@ -33,15 +54,29 @@ class VocabParallelEmbedding:
         """token_ids int64 [T] -> [T, hidden], equal on every rank."""
         table = self._table
         if self._group.size == 1:
-            return F.embedding(token_ids, table.weight)
+            return table.lookup(token_ids)
         local = token_ids - table.vocab.start
         foreign = (local < 0) | (local >= table.vocab.size)
         if table.vocab.size == 0:
             hidden = table.weight.new_zeros(len(token_ids), table.weight.shape[1])
         else:
-            hidden = F.embedding(local.masked_fill(foreign, 0), table.weight)
+            hidden = table.lookup(local.masked_fill(foreign, 0))
             hidden.masked_fill_(foreign.unsqueeze(1), 0)
         return self._group.all_reduce(hidden)
+
+
+class PositionTable:
+    """Learned absolute positions, whole on every rank: row `position + offset`."""
+
+    def __init__(
+        self, name: str, rows: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.weight = torch.empty(rows, hidden, dtype=dtype, device=device)
+        self.pieces = [Piece(name, self.weight)]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows int64 [T] -> [T, hidden]."""
+        return F.embedding(rows, self.weight)
 
 
 class VocabParallelHead:
@@ -53,13 +88,21 @@ class VocabParallelHead:
 
     def pack(self, backend: KernelBackend, *, shared: bool) -> None:
         """Prepare the product; a table shared with the embedding is used in place."""
-        if shared:
-            self._run = lambda x: F.linear(x, self._table.weight)
+        table = self._table
+        packed = backend.pack_linear(table.weight, table.bias)
+        # two tokens whose bfloat16 logits tie are seldom equal: the sums are taken unrounded
+        run = packed.wide if isinstance(packed, WideLinear) else packed
+        if not shared:
+            self._run = run
+            table.release()
+        elif isinstance(packed, RowLookup):
+            self._run = run
+            table.release(packed)
         else:
-            self._run = backend.pack_linear(self._table.weight, None)
+            self._run = lambda x: F.linear(x, table.weight, table.bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> logits [rows, local vocabulary]."""
+        """hidden [rows, hidden] -> logits [rows, local vocabulary], float32 where it is free."""
         if self._run is None:
             raise RuntimeError("used before pack()")
         return self._run(hidden)

@@ -15,6 +15,7 @@ from torch import Tensor
 from phalanx.kernels.interface import KernelBackend, PackedLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.models.layout import PLAIN, Layout
 from phalanx.workers.parallel import TensorParallel
 
 
@@ -28,6 +29,9 @@ class Output(NamedTuple):
     bias: str | None = None
     head_dim: int | None = None
     """Set where the rows are query or key heads."""
+    rotary_dim: int | None = None
+    """Rows of each head that are rotated, None = all."""
+    layout: Layout = PLAIN
 
 
 class ColumnParallelLinear:
@@ -47,13 +51,19 @@ class ColumnParallelLinear:
         start = 0
         for output in outputs:
             part = slice(start, start + output.rows.size)
-            self.pieces.append(
-                Piece(output.weight, self.weight[part], output.rows, head_dim=output.head_dim)
-            )
+            filled = [(output.weight, self.weight[part])]
             if output.bias and self.bias is not None:
-                self.pieces.append(
-                    Piece(output.bias, self.bias[part], output.rows, head_dim=output.head_dim)
+                filled.append((output.bias, self.bias[part]))
+            for name, target in filled:
+                piece = Piece(
+                    name,
+                    target,
+                    output.rows,
+                    head_dim=output.head_dim,
+                    rotary_dim=output.rotary_dim,
+                    layout=output.layout,
                 )
+                self.pieces.append(piece)
             start += output.rows.size
         self._run: PackedLinear | None = None
 
@@ -63,15 +73,23 @@ class ColumnParallelLinear:
             self._run = backend.pack_linear(self.weight, self.bias)
             self.weight, self.pieces = None, []
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] -> [T, local out], the projections side by side."""
+    @property
+    def packed(self) -> PackedLinear:
+        """The backend's product: x [T, in] -> [T, local out]."""
         if self._run is None:
             raise RuntimeError("used before pack()")
-        return self._run(x)
+        return self._run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, local out], the projections side by side."""
+        return self.packed(x)
 
 
 class RowParallelLinear:
-    """x [T, local in] -> [T, out], summed over the ranks; the bias is added once."""
+    """x [T, local in] -> [T, out], summed over the ranks; the bias is added once.
+
+    With `reduce` off the sum is left to the caller.
+    """
 
     def __init__(
         self,
@@ -82,12 +100,15 @@ class RowParallelLinear:
         dtype: torch.dtype,
         device: torch.device,
         bias: str | None = None,
+        *,
+        layout: Layout = PLAIN,
+        reduce: bool = True,
     ) -> None:
-        self._group = group
+        self._group, self._reduce = group, reduce
         self.weight: Tensor | None = torch.empty(
             out_features, columns.size, dtype=dtype, device=device
         )
-        self.pieces = [Piece(weight, self.weight, columns=columns)]
+        self.pieces = [Piece(weight, self.weight, columns=columns, layout=layout)]
         self.bias = None
         if bias is not None:
             self.bias = torch.zeros(out_features, dtype=dtype, device=device)
@@ -101,8 +122,14 @@ class RowParallelLinear:
             self._run = backend.pack_linear(self.weight, bias)
             self.weight, self.pieces = None, []
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, local in] -> [T, out], equal on every rank."""
+    @property
+    def packed(self) -> PackedLinear:
+        """The backend's product: x [T, local in] -> this rank's part of [T, out]."""
         if self._run is None:
             raise RuntimeError("used before pack()")
-        return self._group.all_reduce(self._run(x))
+        return self._run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, local in] -> [T, out], equal on every rank once reduced."""
+        partial = self.packed(x)
+        return self._group.all_reduce(partial) if self._reduce else partial

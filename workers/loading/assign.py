@@ -12,7 +12,7 @@ from torch import Tensor
 from phalanx.protos.errors import ModelError
 from phalanx.protos.shards import Span
 from phalanx.workers.checkpoint.source import Checkpoint, TensorSlice
-from phalanx.workers.models.llama import unpermute_heads
+from phalanx.workers.models.layout import unpermute_heads
 
 from .pieces import Piece
 
@@ -60,8 +60,8 @@ def fill(
     total = sum(piece.target.numel() for stage in stages for piece in stage)
     done = 0
     for index, stage in enumerate(stages):
-        for piece in stage:
-            for amount in _fill_piece(piece, checkpoint, permuted_heads):
+        while stage:  # nothing here holds a piece when its stage is packed, so its memory is freed
+            for amount in _fill_piece(stage.pop(0), checkpoint, permuted_heads):
                 done += amount
                 progress(done, total)
         model.pack(index)
@@ -69,32 +69,56 @@ def fill(
 
 
 def _fill_piece(piece: Piece, checkpoint: Checkpoint, permuted_heads: bool) -> Iterable[int]:
-    shape = checkpoint.shape(piece.source)
-    _check_shape(piece, shape)
-    rows = piece.rows or Span(0, shape[0])
-    columns = None if piece.columns is None else slice(*piece.columns)
-    unit = (piece.head_dim or 1) if permuted_heads else 1
-    step = max(CHUNK_ELEMENTS // max(shape[-1], 1) // unit, 1) * unit
+    _check_shape(piece, checkpoint.shape(piece.source))
+    rows = piece.rows or Span(0, piece.target.shape[0])
+    permuted = permuted_heads and piece.head_dim is not None
+    unit = (piece.head_dim or 1) if permuted and not piece.layout.heads_as_rows else 1
+    width = piece.target.shape[1] if piece.target.dim() > 1 else 1
+    step = max(CHUNK_ELEMENTS // max(width, 1) // unit, 1) * unit
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        part = checkpoint.read(piece.source, slice(start, stop), columns)
-        if permuted_heads and piece.head_dim:
-            part = TensorSlice(unpermute_heads(part.array, piece.head_dim), part.dtype)
+        part = _read(piece, checkpoint, start, stop)
+        if permuted and piece.head_dim:
+            array = part.array.reshape(-1) if piece.layout.heads_as_rows else part.array
+            array = unpermute_heads(array, piece.head_dim, piece.rotary_dim)
+            part = TensorSlice(array.reshape(part.array.shape), part.dtype)
         target = piece.target[start - rows.start : stop - rows.start]
-        target.copy_(to_tensor(part))
+        values = to_tensor(part)
+        target.copy_(values + piece.layout.shift if piece.layout.shift else values)
         yield target.numel()
 
 
+def _read(piece: Piece, checkpoint: Checkpoint, start: int, stop: int) -> TensorSlice:
+    """Rows [start, stop) of the projection, from where its layout says that they lie."""
+    columns = None if piece.columns is None else slice(*piece.columns)
+    flipped = piece.layout.transposed and piece.target.dim() > 1
+    parts = []
+    for first, last in piece.layout.runs(start, stop):
+        rows = slice(first, last)
+        cut = (columns, rows) if flipped else (rows, columns)
+        parts.append(checkpoint.read(piece.source, *cut))
+    arrays = [part.array.T if flipped else part.array for part in parts]
+    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return TensorSlice(array, parts[0].dtype)
+
+
 def _check_shape(piece: Piece, shape: tuple[int, ...]) -> None:
-    cuts = [piece.rows, piece.columns][: len(shape)]
-    fits = len(shape) == piece.target.dim() and all(
-        size == local if cut is None else cut.stop <= size and cut.size == local
-        for size, local, cut in zip(shape, piece.target.shape, cuts, strict=True)
-    )
+    """The tensor holds the rows and columns asked for, and no others where all are taken."""
+    target = piece.target.shape
+    sizes = shape[::-1] if piece.layout.transposed else shape
+    cuts = [piece.rows or Span(0, target[0]), piece.columns or Span(0, target[-1])][: len(sizes)]
+    fits = len(shape) == len(target) and [cut.size for cut in cuts] == list(target)
+    if fits:
+        runs = piece.layout.runs(*cuts[0])
+        fits = not runs or runs[-1][1] <= sizes[0]
+        fits &= len(sizes) < 2 or cuts[1].stop <= sizes[1]
+        whole = piece.layout.run == 0 and piece.layout.offset == 0
+        fits &= piece.rows is not None or not whole or target[0] == sizes[0]
+        fits &= piece.columns is not None or len(sizes) < 2 or target[1] == sizes[1]
     if not fits:
         raise ModelError(
             f"tensor {piece.source!r} has shape {shape}; the model cuts rows {piece.rows}, "
-            f"columns {piece.columns} into {tuple(piece.target.shape)}"
+            f"columns {piece.columns} into {tuple(target)}"
         )
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from phalanx.protos.shards import Span
+from phalanx.workers.models.layout import PLAIN, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """`target` is filled with tensor `source`, cut to `rows` and `columns` (None = all).
 
-    `target` is a view into a layer's parameter and has the shape of the cut. With `head_dim`
-    set, the rows are the heads of a query or key projection, which some checkpoint kinds store
-    permuted within each head.
+    `target` is a view into a layer's parameter and has the shape of the cut. Rows and columns
+    count in the projection; `layout` says where they lie in the tensor. With `head_dim` set, the
+    rows are the heads of a query or key projection, whose `rotary_dim` leading rows (None = all)
+    some checkpoint kinds store permuted within each head.
     """
 
     source: str
@@ -23,3 +25,5 @@ class Piece:
     rows: Span | None = None
     columns: Span | None = None
     head_dim: int | None = None
+    rotary_dim: int | None = None
+    layout: Layout = PLAIN

@@ -20,20 +20,52 @@ def nearest(value: object, supported: Iterable[str]) -> str:
 class ConfigReader:
     """Fields of a config; null counts as absent. Raises `ModelError` for a wrong value."""
 
-    def __init__(self, config: Mapping[str, object], where: str = "config") -> None:
-        self._config, self._where = config, where
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        where: str = "config",
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._config, self._where, self._names = config, where, names or {}
+
+    def renamed(self, **names: str) -> ConfigReader:
+        """The same config, whose author calls some fields otherwise: usual name = its name."""
+        return ConfigReader(self._config, self._where, {**self._names, **names})
+
+    def _name(self, field: str) -> str:
+        other = self._names.get(field, field)
+        return other if self._config.get(other) is not None else field
 
     def wrong(self, field: str, value: object, allowed: str) -> ModelError:
         """The error for a wrong field."""
         shown = "missing" if value is None else f"{value!r:.80}"
-        return ModelError(f"{self._where}: {field} is {shown}, allowed: {allowed}")
+        return ModelError(f"{self._where}: {self._name(field)} is {shown}, allowed: {allowed}")
 
     def __contains__(self, field: str) -> bool:
         return field in self._config
 
     def get(self, field: str) -> object:
         """The raw value, None when absent."""
-        return self._config.get(field)
+        return self._config.get(self._name(field))
+
+    def require(self, **allowed: object) -> None:
+        """Refuse a field that is set to anything but the one value that is supported."""
+        for field, value in allowed.items():
+            found = self.get(field)
+            if found is not None and found != value:
+                raise self.wrong(field, found, "null" if value is None else f"{value!r}")
+
+    def numbers(self, field: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive finite numbers."""
+        values = self.get(field)
+        allowed = f"a list of {count} finite numbers above 0"
+        if not isinstance(values, list) or len(values) != count:
+            raise self.wrong(field, values, allowed)
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise self.wrong(field, values, allowed)
+        return tuple(float(value) for value in values)
 
     def integer(
         self, field: str, default: int | None = None, *, most: int = MAX_INTEGER, least: int = 1

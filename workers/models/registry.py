@@ -3,68 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol, cast
+from collections.abc import Collection, Mapping
+from typing import Protocol, cast
 
 from phalanx.protos.errors import ModelError
 from phalanx.protos.specs import DecoderSpec
 
 from .config import ConfigReader, nearest
+from .families import ARCHITECTURES, FAMILIES
+from .naming import Kind, LayerNames, ModelNames
+from .shapes import shapes
 
-Kind = Literal["safetensors", "gguf"]
-
-FAMILIES = {"llama": "phalanx.workers.models.llama"}
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerNames:
-    """Checkpoint names of one layer's tensors; a bias that the model lacks is None."""
-
-    input_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    post_norm: str
-    gate: str
-    up: str
-    down: str
-    query_bias: str | None = None
-    key_bias: str | None = None
-    value_bias: str | None = None
-    output_bias: str | None = None
-    gate_bias: str | None = None
-    up_bias: str | None = None
-    down_bias: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelNames:
-    """Checkpoint names of a model's tensors.
-
-    `layers` holds templates with `{layer}`. `permuted_heads`: query and key rows are stored for
-    interleaved rotation, see `llama.unpermute_heads`. `ignored`: prefixes of tensors that a
-    checkpoint may hold and the model does not need. A tied model's `head` is its embedding.
-    """
-
-    embedding: str
-    final_norm: str
-    head: str
-    layers: LayerNames
-    permuted_heads: bool = False
-    ignored: tuple[str, ...] = ()
-
-    def layer(self, index: int) -> LayerNames:
-        """Names of layer `index`."""
-        templates = {item.name: getattr(self.layers, item.name) for item in fields(LayerNames)}
-        return LayerNames(
-            **{
-                name: template and template.format(layer=index)
-                for name, template in templates.items()
-            }
-        )
+__all__ = [
+    "ARCHITECTURES",
+    "FAMILIES",
+    "Kind",
+    "LayerNames",
+    "ModelNames",
+    "describe",
+    "tensor_names",
+    "tensor_shapes",
+]
 
 
 class Family(Protocol):
@@ -82,7 +41,7 @@ def _family(name: str) -> Family:
         raise ModelError(
             f"model family {name!r} is not supported; nearest: {nearest(name, FAMILIES)}"
         )
-    return cast(Family, importlib.import_module(FAMILIES[name]))
+    return cast(Family, importlib.import_module(f"phalanx.workers.models.{FAMILIES[name].module}"))
 
 
 def describe(config: Mapping[str, object]) -> DecoderSpec:
@@ -101,35 +60,19 @@ def describe(config: Mapping[str, object]) -> DecoderSpec:
     return _family(ARCHITECTURES[architecture]).describe(reader, architecture)
 
 
-def tensor_names(spec: DecoderSpec, kind: Kind) -> ModelNames:
-    """How checkpoints of `kind` name the tensors of `spec`."""
-    return _family(spec.family).names(spec, kind)
+def tensor_names(
+    spec: DecoderSpec, kind: Kind, present: Collection[str] | None = None
+) -> ModelNames:
+    """How checkpoints of `kind` name the tensors of `spec`.
+
+    With `present`, the names of a checkpoint's tensors, as that very checkpoint does.
+    """
+    names = _family(spec.family).names(spec, kind)
+    return names if present is None else names.found_in(present)
 
 
-def tensor_shapes(spec: DecoderSpec, kind: Kind) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(
+    spec: DecoderSpec, kind: Kind, present: Collection[str] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of `kind` must hold, with its row-major shape."""
-    names = tensor_names(spec, kind)
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        names.embedding: (spec.vocab_size, hidden),
-        names.head: (spec.vocab_size, hidden),
-        names.final_norm: (hidden,),
-    }
-    for index in range(spec.num_layers):
-        layer = names.layer(index)
-        matrices = [
-            (layer.query, layer.query_bias, (query, hidden)),
-            (layer.key, layer.key_bias, (kv, hidden)),
-            (layer.value, layer.value_bias, (kv, hidden)),
-            (layer.output, layer.output_bias, (hidden, query)),
-            (layer.gate, layer.gate_bias, (inner, hidden)),
-            (layer.up, layer.up_bias, (inner, hidden)),
-            (layer.down, layer.down_bias, (hidden, inner)),
-        ]
-        for weight, bias, shape in matrices:
-            shapes[weight] = shape
-            if bias is not None:
-                shapes[bias] = shape[:1]
-        shapes[layer.input_norm] = shapes[layer.post_norm] = (hidden,)
-    return shapes
+    return shapes(spec, tensor_names(spec, kind, present))

@@ -23,6 +23,8 @@ from .exchange import exchange
 from .rows import Chosen, SampleRow, select_rows, stream_keys
 
 FIRST_COUNT, MOST_FIRST_COUNT = 64, 512  # candidates of each rank in the first round
+MOST_CANDIDATES = 1 << 15  # of each rank and all rows, gathered at a time in later rounds
+MOST_SELECTED = 1 << 19  # logits that are copied at a time to look at some of the rows
 GROWTH = 8  # candidates of the next round over those of this one
 NAMES = ("candidate values", "candidate ids", "candidate raw")
 
@@ -76,21 +78,31 @@ class FilteredRows:
         pending = torch.arange(len(self._indices))
         merged = merge([gathered[name] for name in NAMES])
         pending, merged = _without(pending, merged, failed[self._indices])
-        while True:
-            cut = kept(merged, self._filters.select(pending), total[pending])
-            self._choose(merged, pending, cut, chosen)
-            pending = pending[cut == 0]
-            if not len(pending):
-                return
+        pending = self._settle(merged, pending, total, chosen)
+        while len(pending):
             self._count = min(self._count * GROWTH, longest)
-            more = exchange(group, self._candidates(self._indices[pending]))
-            merged = merge([more[name] for name in NAMES])
+            undecided = []
+            for slots in torch.split(pending, max(1, MOST_CANDIDATES // self._count)):
+                more = exchange(group, self._candidates(self._indices[slots]))
+                merged = merge([more[name] for name in NAMES])
+                undecided.append(self._settle(merged, slots, total, chosen))
+            pending = torch.cat(undecided)
+
+    def _settle(self, merged: Merged, slots: Tensor, total: Tensor, chosen: Chosen) -> Tensor:
+        """Choose for those of the rows `slots` whose filters are decided; the others."""
+        cut = kept(merged, self._filters.select(slots), total[slots])
+        self._choose(merged, slots, cut, chosen)
+        return slots[cut == 0]
 
     def _candidates(self, rows: Tensor) -> dict[str, Tensor]:
-        chosen = rows.tolist()
-        logits, raw = select_rows(self._logits, chosen), select_rows(self._raw, chosen)
-        lists = local_candidates(logits, raw, self._first_id, self._count)
-        return dict(zip(NAMES, lists, strict=True))
+        height, width = self._logits.shape
+        step = height if len(rows) == height else max(1, MOST_SELECTED // width)
+        lists = []
+        for part in torch.split(rows, step):
+            chosen = part.tolist()
+            logits, raw = select_rows(self._logits, chosen), select_rows(self._raw, chosen)
+            lists.append(local_candidates(logits, raw, self._first_id, self._count))
+        return {name: torch.cat(fields) for name, *fields in zip(NAMES, *lists, strict=True)}
 
     def _choose(self, merged: Merged, slots: Tensor, cut: Tensor, chosen: Chosen) -> None:
         """Draw for those of the rows `slots` whose filters are decided."""

@@ -90,6 +90,13 @@ def test_max_context_within_the_model(tiny_llama: Callable[..., Path], max_conte
     assert resolve_model(str(tiny_llama()), 256).max_context == 256
 
 
+def test_longrope_takes_its_factors_by_the_length_that_is_served(folder: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    edit(folder / "config.json", rope_parameters=rope | {"original_max_position_embeddings": 64})
+    assert resolve_model(str(folder)).spec.max_context == 256
+    assert resolve_model(str(folder), 64).spec.max_context == 64
+
+
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing: no such model"):
         resolve_model(str(tmp_path / "nothing"))
@@ -149,6 +156,22 @@ def test_refuses_a_vocabulary_beyond_the_model(folder: Path) -> None:
         resolve_model(str(folder))
 
 
+def test_added_tokens_beyond_the_model_are_plain_text(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    known = {"id": 3, "content": "<|im_none|>", "special": True, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    for identity, text in ((515, "<image>"), (516, "<sound>")):
+        content["added_tokens"].append(known | flags | {"id": identity, "content": text})
+    vocab = content["model"]["vocab"]
+    for index in range(len(vocab), 515):
+        vocab[f"<{index}>"] = index
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = resolve_model(str(folder)).tokenizer
+    ids = tokenizer.encode("a <image> and <|im_end|>").ids
+    assert max(ids) < 515 and ids[-1] == 2
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a <image> and <|im_end|>"
+
+
 def test_padding_and_truncation_of_the_file_are_switched_off(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {
@@ -188,7 +211,7 @@ def test_refuses_broken_files(folder: Path, file: str, content: str | None, mess
         ({"num_hidden_layers": 3}, "lacks tensor 'model.layers.2."),
         ({"intermediate_size": 102}, r"shape \(101, 48\), the model's config asks for \(102, 48\)"),
         ({"attention_bias": True}, "lacks tensor 'model.layers.0.self_attn.q_proj.bias'"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures is 'GPT2LMHeadModel', allowed: "),
+        ({"architectures": ["GPT3LMHeadModel"]}, "'GPT3LMHeadModel', allowed: GPT2LMHeadModel"),
     ],
 )
 def test_config_and_tensors_must_agree(folder: Path, fields: dict[str, Any], message: str) -> None:

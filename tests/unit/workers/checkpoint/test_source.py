@@ -114,19 +114,33 @@ def test_refuses_wrong_gguf_metadata(
         describe_gguf(file)
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("scaling", "expected"),
-    [({"rope.scaling.factor": 4.0}, "linear"), ({"rope.scaling.type": "yarn"}, None)],
+    [
+        ({"rope.scaling.factor": 4.0}, "linear"),
+        (YARN | {"rope.scaling.original_context_length": 64}, "yarn"),
+    ],
 )
 def test_rope_scaling_of_gguf(
-    tiny_gguf: Callable[..., Path], scaling: dict[str, object], expected: str | None
+    tiny_gguf: Callable[..., Path], scaling: dict[str, object], expected: str
 ) -> None:
     file = GgufFile(tiny_gguf())
     file.metadata |= {f"llama.{key}": value for key, value in scaling.items()}
-    config = describe_gguf(file).config
-    if expected is None:
-        with pytest.raises(ModelError, match="'yarn', allowed: "):
-            describe(config)
-    else:
-        assert describe(config).rope.scaling == expected
-        assert describe(config).rope.factor == 4.0
+    rope = describe(describe_gguf(file).config).rope
+    assert rope is not None and (rope.scaling, rope.factor) == (expected, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [(YARN, "original_context_length is missing"), ({"rope.scaling.type": "su"}, "'su', allowed")],
+)
+def test_refuses_rope_scaling_of_gguf(
+    tiny_gguf: Callable[..., Path], scaling: dict[str, object], message: str
+) -> None:
+    file = GgufFile(tiny_gguf())
+    file.metadata |= {f"llama.{key}": value for key, value in scaling.items()}
+    with pytest.raises(ModelError, match=message):
+        describe(describe_gguf(file).config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from phalanx.workers.checkpoint.source import open_checkpoint
-from phalanx.workers.models.llama import unpermute_heads
+from phalanx.workers.models.layout import unpermute_heads
 from phalanx.workers.models.registry import describe, tensor_names
 
 UNEVEN = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 288, "head_dim": 16}

@@ -1,0 +1,142 @@
+"""The composition root: the only place where the parts of a cluster are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+
+from rich.console import Console
+
+from phalanx.protos.errors import ConfigError
+
+from .cluster.ray_fleet import RayCluster
+from .cluster.sizing import check_shape
+from .config import ClusterConfig
+from .engine import AsyncEngine
+from .metrics import Metrics, MetricsServer
+from .model import ServedModel, resolve_model
+from .server.host import GrpcHost
+from .server.service import InferenceService
+from .starting import ReplicaStarter
+from .supervisor import Supervisor
+
+GAUGES_EVERY_S = 1.0
+DRAIN_S = 30.0
+
+
+class RunningCluster:
+    """A cluster that answers on `address`; end it with `stop`."""
+
+    def __init__(
+        self,
+        stack: AsyncExitStack,
+        watching: asyncio.Task[None],
+        address: str,
+        metrics_address: str | None,
+    ) -> None:
+        self._stack, self._watching = stack, watching
+        self.address, self.metrics_address = address, metrics_address
+
+    async def wait(self) -> None:
+        """Return never, as lost replicas are started again; raises what ended that, a defect."""
+        await asyncio.shield(self._watching)
+
+    async def stop(self) -> None:
+        """Stop taking requests, let running ones finish for a while, then end everything."""
+        await self._stack.aclose()
+
+
+async def start_cluster(
+    config: ClusterConfig, *, progress: Console | None = None
+) -> RunningCluster:
+    """Start everything that `config` asks for; returns when canary tokens came back.
+
+    progress: where to show what is going on. Raises `ConfigError`, `ModelError` or `GroupLost`,
+    with nothing left running.
+    """
+    logging.getLogger("phalanx").setLevel(config.log_level.upper())
+    async with AsyncExitStack() as stack:
+        served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
+        check_shape(config, served)
+        metrics = Metrics()
+        ranks = config.tp * config.replicas
+        verbose = config.log_level == "debug"
+        ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
+        stack.push_async_callback(asyncio.to_thread, ray.close)
+        device = ray.device(config.device, ranks)
+        engine = AsyncEngine(served.spec, config.replicas)
+        starter = ReplicaStarter(config, served, device, engine, metrics, progress)
+        supervisor = Supervisor(engine, config.replicas, starter.start)
+        stack.push_async_callback(supervisor.close)
+        await supervisor.start_all()
+        host = await _start_host(config, served, engine, metrics, starter.dtype, stack)
+        page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
+        host.set_serving(engine.serving)
+        engine.on_serving = host.set_serving
+        watching = asyncio.create_task(_watch(supervisor, engine, metrics))
+        stack.push_async_callback(_cancelled, watching)
+        return RunningCluster(stack.pop_all(), watching, host.address, page)
+
+
+async def _start_host(
+    config: ClusterConfig,
+    served: ServedModel,
+    engine: AsyncEngine,
+    metrics: Metrics,
+    dtype: str,
+    stack: AsyncExitStack,
+) -> GrpcHost:
+    host = GrpcHost(
+        InferenceService(engine, served, metrics, dtype=dtype),
+        host=config.host,
+        port=config.port,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        tls_client_ca=config.tls_client_ca,
+        token_file=config.token_file,
+        insecure=config.insecure,
+        reflection=config.reflection,
+    )
+    await host.start()
+    stack.push_async_callback(host.stop, DRAIN_S)
+    return host
+
+
+def _serve_metrics(config: ClusterConfig, metrics: Metrics, stack: AsyncExitStack) -> str:
+    port = config.metrics_port or 0
+    locks: dict[str, str | None] = {}
+    if config.metrics_needs_tls:
+        locks = {
+            "tls_cert": config.tls_cert,
+            "tls_key": config.tls_key,
+            "tls_client_ca": config.tls_client_ca,
+        }
+    try:
+        server: MetricsServer = metrics.serve(config.metrics_host, port, **locks)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics_host {config.metrics_host!r}, metrics_port {port}: cannot be bound: "
+            f"{error.strerror}"
+        ) from None
+    stack.callback(server.close)
+    return server.address
+
+
+async def _watch(supervisor: Supervisor, engine: AsyncEngine, metrics: Metrics) -> None:
+    """Keep replicas there, and the gauges up to date."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(supervisor.run())
+        tasks.create_task(_publish(engine, metrics))
+
+
+async def _publish(engine: AsyncEngine, metrics: Metrics) -> None:
+    while True:
+        for handle in engine.replicas:
+            metrics.set_replica(handle.replica_id, handle.replica.stats())
+        await asyncio.sleep(GAUGES_EVERY_S)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,342 @@
+"""Python clients of a cluster, for threads (`Client`) and for asyncio (`AsyncClient`)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from phalanx.protos.errors import ConfigError, DeadlineExceeded, PhalanxError, ResourceExhausted
+from phalanx.protos.limits import MAX_MESSAGE_BYTES
+from phalanx.protos.status import decode
+from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+
+from .completion import Collector, Completion
+from .messages import Messages, Prompt, chat_request, generate_request
+
+POLL_S = 0.1
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+def _typed(error: grpc.RpcError) -> PhalanxError:
+    """The typed error of a failed call."""
+    call: Any = error
+    trailers = [(key, value) for key, value in call.trailing_metadata() or ()]
+    return decode(call.code(), call.details() or "", trailers)
+
+
+def _stub(channel: Any) -> Any:
+    return serving_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+class _Connection:
+    """How to reach a server: what both clients are told, and their channel."""
+
+    _library: ClassVar[Any]
+    """`grpc` or `grpc.aio`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        root_certificates: bytes | None = None,
+        certificate: bytes | None = None,
+        private_key: bytes | None = None,
+        server_name: str | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> None:
+        self.address, self.timeout, self.retries = address, timeout, retries
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            raise ConfigError("token: allowed are printable ASCII characters without spaces")
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        options: list[tuple[str, Any]] = list(OPTIONS)
+        if server_name is not None:
+            options.append(("grpc.ssl_target_name_override", server_name))
+        if root_certificates is None and certificate is None:
+            self._channel = self._library.insecure_channel(address, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(root_certificates, private_key, certificate)
+            self._channel = self._library.secure_channel(address, credentials, options)
+        self._stub = _stub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._calls: set[Any] = set()
+        """Open streams of an asyncio client."""
+
+    def _call_options(self) -> dict[str, Any]:
+        return {"timeout": self.timeout, "metadata": self._metadata}
+
+
+class Client(_Connection):
+    """A blocking client, safe to share between threads. Use it with `with`, or `close` it.
+
+    Every method raises a `PhalanxError` of the server's kind. `params` are the fields of the
+    `SamplingParams` message; an unknown name is a `TypeError`.
+
+    address: "host:port". token: bearer token. root_certificates: PEM of the authority that signed
+    the server's certificate; turns TLS on. certificate and private_key: the caller's own, PEM, for
+    mutual TLS. server_name: the name in the server's certificate when it is not the address's.
+    timeout: seconds that each call may take, streams included. retries: how often a request that is
+    refused with `ResourceExhausted` is sent again, after the time that the server names; a stream
+    is never repeated once a message has come.
+    """
+
+    _library: ClassVar[Any] = grpc
+
+    def generate(
+        self, prompt: Prompt, *, request_id: str = "", **params: Any
+    ) -> Iterator[serving_pb2.GenerateResponse]:
+        """Continue a text or token ids; yields messages as they come.
+
+        Closing the iterator cancels the request.
+        """
+        return self._messages(self._stub.Generate, generate_request(prompt, request_id, params))
+
+    def chat(
+        self, messages: Messages, *, request_id: str = "", **params: Any
+    ) -> Iterator[serving_pb2.ChatResponse]:
+        """Answer a conversation, `{"role", "content"}` each; a text is one user's message."""
+        return self._messages(self._stub.Chat, chat_request(messages, request_id, params))
+
+    def complete(self, prompt: Prompt, *, request_id: str = "", **params: Any) -> Completion:
+        """The whole continuation."""
+        collector = Collector()
+        for message in self.generate(prompt, request_id=request_id, **params):
+            collector.add(message)
+        return collector.completion()
+
+    def ask(self, messages: Messages, *, request_id: str = "", **params: Any) -> Completion:
+        """The whole answer to a conversation, or to a text as one user's message."""
+        collector = Collector()
+        for message in self.chat(messages, request_id=request_id, **params):
+            collector.add(message)
+        return collector.completion()
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        request = serving_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        return list(self._unary(self._stub.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        request = serving_pb2.DetokenizeRequest(
+            token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return str(self._unary(self._stub.Detokenize, request).text)
+
+    def abort(self, request_id: str) -> None:
+        """End a running request of the same tenant. Raises `NotFound`."""
+        self._unary(self._stub.Abort, serving_pb2.AbortRequest(request_id=request_id))
+
+    def model_info(self) -> serving_pb2.GetModelInfoResponse:
+        """The model that is served."""
+        request = serving_pb2.GetModelInfoRequest()
+        info: serving_pb2.GetModelInfoResponse = self._unary(self._stub.GetModelInfo, request)
+        return info
+
+    def cluster_state(self) -> serving_pb2.GetClusterStateResponse:
+        """Replicas, ranks, queue and KV cache."""
+        request = serving_pb2.GetClusterStateRequest()
+        state: serving_pb2.GetClusterStateResponse = self._unary(
+            self._stub.GetClusterState, request
+        )
+        return state
+
+    def healthy(self) -> bool:
+        """Whether the server answers and says that it can serve."""
+        return self._check_health(self.timeout)
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Return once the server is healthy. Raises `DeadlineExceeded` after `timeout` seconds."""
+        ends = time.monotonic() + timeout
+        while not self._check_health(max(POLL_S, ends - time.monotonic())):
+            if time.monotonic() + POLL_S > ends:
+                raise DeadlineExceeded(f"{self.address} was not ready within {timeout:g} s")
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Cancel what runs and close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_health(self, timeout: float | None) -> bool:
+        try:
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _unary(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, **self._call_options())
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+
+    def _messages(self, method: Any, request: Any) -> Iterator[Any]:
+        left = self.retries
+        while True:
+            call = method(request, **self._call_options())
+            begun = False
+            try:
+                for message in call:
+                    begun = True
+                    yield message
+                return
+            except grpc.RpcError as error:
+                typed = _typed(error)
+                if begun or not left or not isinstance(typed, ResourceExhausted):
+                    raise typed from None
+                left -= 1
+                time.sleep(typed.retry_after_s)
+            finally:
+                call.cancel()
+
+
+class AsyncClient(_Connection):
+    """`Client` for asyncio: the same methods, awaited or iterated with `async for`.
+
+    Create and use it on one running event loop, with `async with`, or `await close()`.
+    """
+
+    _library: ClassVar[Any] = grpc.aio
+
+    def generate(
+        self, prompt: Prompt, *, request_id: str = "", **params: Any
+    ) -> AsyncIterator[serving_pb2.GenerateResponse]:
+        """See `Client.generate`."""
+        return self._messages(self._stub.Generate, generate_request(prompt, request_id, params))
+
+    def chat(
+        self, messages: Messages, *, request_id: str = "", **params: Any
+    ) -> AsyncIterator[serving_pb2.ChatResponse]:
+        """See `Client.chat`."""
+        return self._messages(self._stub.Chat, chat_request(messages, request_id, params))
+
+    async def complete(self, prompt: Prompt, *, request_id: str = "", **params: Any) -> Completion:
+        """See `Client.complete`."""
+        collector = Collector()
+        async for message in self.generate(prompt, request_id=request_id, **params):
+            collector.add(message)
+        return collector.completion()
+
+    async def ask(self, messages: Messages, *, request_id: str = "", **params: Any) -> Completion:
+        """See `Client.ask`."""
+        collector = Collector()
+        async for message in self.chat(messages, request_id=request_id, **params):
+            collector.add(message)
+        return collector.completion()
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """See `Client.tokenize`."""
+        request = serving_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        return list((await self._unary(self._stub.Tokenize, request)).token_ids)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = False
+    ) -> str:
+        """See `Client.detokenize`."""
+        request = serving_pb2.DetokenizeRequest(
+            token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return str((await self._unary(self._stub.Detokenize, request)).text)
+
+    async def abort(self, request_id: str) -> None:
+        """See `Client.abort`."""
+        await self._unary(self._stub.Abort, serving_pb2.AbortRequest(request_id=request_id))
+
+    async def model_info(self) -> serving_pb2.GetModelInfoResponse:
+        """See `Client.model_info`."""
+        request = serving_pb2.GetModelInfoRequest()
+        info: serving_pb2.GetModelInfoResponse = await self._unary(self._stub.GetModelInfo, request)
+        return info
+
+    async def cluster_state(self) -> serving_pb2.GetClusterStateResponse:
+        """See `Client.cluster_state`."""
+        request = serving_pb2.GetClusterStateRequest()
+        state: serving_pb2.GetClusterStateResponse = await self._unary(
+            self._stub.GetClusterState, request
+        )
+        return state
+
+    async def healthy(self) -> bool:
+        """See `Client.healthy`."""
+        return await self._check_health(self.timeout)
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """See `Client.wait_ready`."""
+        ends = time.monotonic() + timeout
+        while not await self._check_health(max(POLL_S, ends - time.monotonic())):
+            if time.monotonic() + POLL_S > ends:
+                raise DeadlineExceeded(f"{self.address} was not ready within {timeout:g} s")
+            await asyncio.sleep(POLL_S)
+
+    async def close(self) -> None:
+        """Cancel what runs and close the connection."""
+        for call in self._calls:  # the channel forgets those that nobody waits for just now
+            call.cancel()
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _check_health(self, timeout: float | None) -> bool:
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def _unary(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, **self._call_options())
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+
+    async def _messages(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        left = self.retries
+        while True:
+            call = method(request, **self._call_options())
+            self._calls.add(call)
+            begun = False
+            try:
+                async for message in call:
+                    begun = True
+                    yield message
+                return
+            except grpc.RpcError as error:
+                typed = _typed(error)
+                if begun or not left or not isinstance(typed, ResourceExhausted):
+                    raise typed from None
+                left -= 1
+                await asyncio.sleep(typed.retry_after_s)
+            finally:
+                call.cancel()
+                self._calls.discard(call)

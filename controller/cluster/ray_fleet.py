@@ -1,0 +1,272 @@
+"""A fleet of Ray actors: Ray places, starts and watches; steps travel over our own sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
+from phalanx.protos.specs import WorkerSpec
+from phalanx.protos.steps import StepPlan, StepResult
+from phalanx.protos.wire import Hello
+from phalanx.workers.actor import NodeFacts, RankActor, Rendezvous
+
+from .fleet import Progress, RankFacts
+from .link import RankLinks
+
+NAMESPACE = "phalanx"
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
+MIN_CALL_S = 10.0
+PROBE_S = 5.0
+REASON_S = 0.3  # Ray learns of a death about as fast as our socket does
+REASON_CHARS = 300
+
+Device = Literal["cpu", "cuda"]
+
+
+class RayCluster:
+    """Our connection to Ray: an embedded instance, or a cluster that runs already."""
+
+    def __init__(self, address: str | None, ranks: int, *, verbose: bool = False) -> None:
+        """Connect. ranks: how many an embedded instance must have room for. Raises
+        `ConfigError` when there is no cluster at `address`."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        common: dict[str, Any] = {
+            "namespace": NAMESPACE,
+            "logging_level": "INFO" if verbose else "ERROR",
+            "log_to_driver": verbose,
+        }
+        if address is None:
+            ray.init(
+                **common,
+                # ranks are counted, not cores: they share the cores by setting their threads
+                num_cpus=max(ranks, os.cpu_count() or 1),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                # Ray would run ranks below every other process of the machine
+                _system_config={"worker_niceness": 0},
+            )
+            return
+        _check_answers(address)
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"ray_address is {address!r}, no Ray cluster answers there"
+            ) from error
+
+    def device(self, wanted: str, ranks: int) -> Device:
+        """Where ranks compute: "auto" takes GPUs when there is one for each rank."""
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if wanted == "cuda" and gpus < ranks:
+            raise ConfigError(f"device is 'cuda' for {ranks} ranks, the cluster has {gpus} GPUs")
+        return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= ranks) else "cpu"
+
+    def close(self) -> None:
+        """Disconnect; an embedded instance ends."""
+        ray.shutdown()
+
+
+class RayFleet:
+    """`Fleet` with one actor per rank in a placement group: `reserve`, then `start`."""
+
+    def __init__(
+        self,
+        tp_size: int,
+        device: Device,
+        *,
+        placement: str,
+        collectives: str,
+        threads: int | None,
+        replicas: int,
+        start_timeout_s: float,
+        step_timeout_s: float,
+        silence_timeout_s: float,
+    ) -> None:
+        """threads: CPU threads of a rank; None divides a node's cores by the ranks that it may
+        get, `replicas` times those of this fleet."""
+        self._tp_size, self._device, self._placement = tp_size, device, placement
+        self._collectives, self._threads, self._replicas = collectives, threads, replicas
+        self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
+        self._silence_timeout_s = silence_timeout_s
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[ray.ObjectRef[None]] = []
+        self._nodes: list[NodeFacts] = []
+        self._links: RankLinks | None = None
+
+    def reserve(self) -> list[NodeFacts]:
+        """Take the places and look around in them. Raises `ConfigError` when there are none."""
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._device == "cuda" else {})
+        self._check_room(bundle)
+        group = self._group = placement_group([bundle] * self._tp_size, strategy=self._placement)
+        if not group.wait(self._start_timeout_s):
+            self.stop()
+            raise ConfigError(
+                f"tp is {self._tp_size} with placement {self._placement}: no such place became "
+                f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
+                f"{_resources(ray.available_resources())} free"
+            )
+        remote = ray.remote(RankActor)
+        for rank in range(self._tp_size):
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            actor = remote.options(
+                num_cpus=1,
+                num_gpus=1 if self._device == "cuda" else 0,
+                max_restarts=0,
+                max_concurrency=1,
+                scheduling_strategy=place,
+            ).remote(rank)
+            self._actors.append(actor)
+        self._nodes = self._call([actor.facts.remote() for actor in self._actors])
+        return self._nodes
+
+    def start(self, spec: WorkerSpec, progress: Progress) -> list[RankFacts]:
+        """Form the group and load."""
+        local = {node.address for node in self._nodes} == {ray.util.get_node_ip_address()}
+        host = LOOPBACK if local else ray.util.get_node_ip_address()
+        links = self._links = RankLinks(
+            self._tp_size, spec.epoch, host, silence_timeout_s=self._silence_timeout_s
+        )
+        store_host = LOOPBACK if local else self._nodes[0].address
+        port = 0
+        if self._tp_size > 1:
+            [port] = self._call([self._actors[0].open_store.remote(store_host)])
+        for rank, (actor, node) in enumerate(zip(self._actors, self._nodes, strict=True)):
+            rendezvous = Rendezvous(
+                host=store_host,
+                port=port,
+                tp_size=self._tp_size,
+                collectives=self._resolve_collectives(),
+                threads=self._threads or self._share_of_cores(node),
+                timeout_s=self._step_timeout_s,
+            )
+            hello = Hello(rank, spec.epoch, links.secret)
+            self._runs.append(actor.run.remote(links.address, hello, rendezvous))
+        try:
+            links.accept(self._start_timeout_s, alive=self._check_alive)
+            reports = links.load(spec, progress, self._start_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        return [
+            RankFacts(rank=report.rank, node=node.node, device=node.device, report=report)
+            for report, node in zip(reports, self._nodes, strict=True)
+        ]
+
+    def send(self, plan: StepPlan) -> None:
+        """To every rank."""
+        self._open().send(plan)
+
+    def receive(self, timeout_s: float) -> StepResult:
+        """From rank 0."""
+        try:
+            return self._open().receive(timeout_s)
+        except GroupLost as error:
+            raise GroupLost(f"{error}{self._reason()}") from error
+
+    def check(self) -> None:
+        """Raise `GroupLost` if a rank has gone."""
+        self._open().check()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask the ranks to end, then end them, and give the places back."""
+        if self._links is not None:
+            self._links.close()
+        if self._runs and not at_once and ray.is_initialized():
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=2.0)
+        for actor in self._actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        if self._group is not None and ray.is_initialized():
+            remove_placement_group(self._group)
+        self._group, self._actors, self._runs = None, [], []
+
+    def _open(self) -> RankLinks:
+        if self._links is None:
+            raise RuntimeError("the fleet is not started")
+        return self._links
+
+    def _check_room(self, bundle: dict[str, float]) -> None:
+        """Refuse at once what the whole cluster cannot hold, busy or not."""
+        total = ray.cluster_resources()
+        for name, each in bundle.items():
+            needed = each * self._tp_size
+            if total.get(name, 0) < needed:
+                raise ConfigError(
+                    f"tp is {self._tp_size}, which takes {needed:g} {name}; the Ray cluster has "
+                    f"{_resources(total)}"
+                )
+
+    def _share_of_cores(self, node: NodeFacts) -> int:
+        neighbours = sum(other.address == node.address for other in self._nodes)
+        return max(node.cpu_count // (neighbours * self._replicas), 1)
+
+    def _resolve_collectives(self) -> str:
+        one_node = len({node.address for node in self._nodes}) == 1
+        shared = one_node and all(node.shared_memory for node in self._nodes)
+        if self._collectives == "auto":
+            return "nccl" if self._device == "cuda" else "shm" if shared else "gloo"
+        if self._collectives == "shm" and (not shared or self._device != "cpu"):
+            raise ConfigError("collectives is 'shm', allowed for CPU ranks on one x86-64 node")
+        if self._collectives == "nccl" and self._device != "cuda":
+            raise ConfigError("collectives is 'nccl', allowed with device cuda")
+        return self._collectives
+
+    def _call(self, references: Sequence[Any]) -> list[Any]:
+        """Results of actor calls; a dead actor is a `GroupLost`."""
+        try:
+            return list(ray.get(list(references), timeout=max(self._start_timeout_s, MIN_CALL_S)))
+        except RayError as error:
+            self.stop()
+            raise GroupLost(f"a rank did not start: {type(error).__name__}") from error
+
+    def _reason(self) -> str:
+        """What Ray knows of dead ranks: their sockets only tell that they are gone."""
+        done, _ = ray.wait(self._runs, num_returns=1, timeout=REASON_S)
+        for reference in done:
+            try:
+                ray.get(reference)
+            except (RayError, PhalanxError) as error:
+                words = " ".join(str(error).split())[:REASON_CHARS]
+                return f"; Ray says of rank {self._runs.index(reference)}: {words}"
+        return ""
+
+    def _check_alive(self) -> None:
+        done, _ = ray.wait(self._runs, num_returns=1, timeout=0)
+        for reference in done:
+            rank = self._runs.index(reference)
+            try:
+                ray.get(reference)
+            except RayActorError as error:
+                raise GroupLost(f"rank {rank} died while starting") from error
+            except RayError as error:
+                raise GroupLost(f"rank {rank} failed while starting: {error}") from error
+            raise GroupLost(f"rank {rank} ended while starting")
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes to reach a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto" or a name that Ray resolves
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray_address is {address!r}, nothing listens there: {error.strerror or 'no answer'}"
+        ) from None
+
+
+def _resources(amounts: dict[str, float]) -> str:
+    return f"{amounts.get('CPU', 0):g} CPU and {amounts.get('GPU', 0):g} GPU"

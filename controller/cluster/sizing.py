@@ -1,0 +1,113 @@
+"""From "auto" to numbers: what a group of ranks is told, given where its ranks stand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, Protocol, cast
+
+from phalanx.controller.config import ClusterConfig
+from phalanx.controller.model import ServedModel
+from phalanx.protos.specs import DType, WorkerSpec
+
+from .placement import MemoryPlan, plan_memory
+
+GPU_PART = 0.9  # the rest is for the allocator, the driver and the collectives' buffers
+CPU_PART = 0.5  # host memory is shared with the page cache, which holds the checkpoint
+CPU_KV_BYTES = 2 * 2**30  # "auto" takes no more on a host that others use too
+
+
+class Node(Protocol):
+    """What sizing needs to know of a rank's place; `workers.actor.NodeFacts` has it."""
+
+    @property
+    def address(self) -> str:
+        """Ranks with equal addresses share a machine."""
+
+    @property
+    def memory_available(self) -> int:
+        """Free bytes, before any rank has loaded."""
+
+    @property
+    def fast_bfloat16(self) -> bool:
+        """Whether bfloat16 is multiplied natively."""
+
+
+def check_shape(config: ClusterConfig, served: ServedModel) -> None:
+    """Refuse with `ConfigError` what no machine could run, before anything is started."""
+    kv_tokens = config.kv_tokens or served.max_context
+    plan_memory(
+        served.spec,
+        dtype="float32",
+        kv_dtype="float32",
+        tp_size=config.tp,
+        block_size=config.block_size,
+        max_tokens_per_step=config.max_tokens_per_step,
+        max_running=config.max_running,
+        memory_per_rank=None,
+        kv_tokens=kv_tokens,
+    )
+
+
+def size_group(
+    config: ClusterConfig,
+    served: ServedModel,
+    device: Literal["cpu", "cuda"],
+    nodes: Sequence[Node],
+    *,
+    epoch: int = 0,
+) -> tuple[WorkerSpec, MemoryPlan]:
+    """What to build on `nodes`, one entry a rank. Raises `ConfigError` when it does not fit."""
+    fast = all(node.fast_bfloat16 for node in nodes)
+    auto = "bfloat16" if fast else "float32"
+    dtype = cast(DType, auto if config.dtype == "auto" else config.dtype)
+    kv_dtype = cast(DType, dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    memory = _memory_per_rank(config, device, nodes)
+
+    def plan(kv_tokens: int | None) -> MemoryPlan:
+        return plan_memory(
+            served.spec,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            tp_size=config.tp,
+            block_size=config.block_size,
+            max_tokens_per_step=config.max_tokens_per_step,
+            max_running=config.max_running,
+            memory_per_rank=memory,
+            kv_tokens=kv_tokens,
+            min_kv_tokens=served.max_context,
+        )
+
+    result = plan(config.kv_tokens)
+    if config.kv_tokens is None and config.memory_per_rank is None and device == "cpu":
+        widest = max(rank.kv_per_token for rank in result.ranks)
+        most = max(CPU_KV_BYTES // widest, served.max_context)
+        if result.kv_tokens > most:
+            result = plan(most)
+    spec = WorkerSpec(
+        checkpoint=served.checkpoint,
+        model=served.spec,
+        dtype=dtype,
+        tp_size=config.tp,
+        cache=result.cache,
+        max_tokens_per_step=config.max_tokens_per_step,
+        max_running=config.max_running,
+        eos_token_ids=served.eos_token_ids,
+        device=device,
+        epoch=epoch,
+    )
+    return spec, result
+
+
+def _memory_per_rank(
+    config: ClusterConfig, device: Literal["cpu", "cuda"], nodes: Sequence[Node]
+) -> list[int]:
+    """Bytes that each rank may use."""
+    if config.memory_per_rank is not None:
+        return [config.memory_per_rank] * len(nodes)
+    if device == "cuda":
+        return [int(node.memory_available * GPU_PART) for node in nodes]
+    ranks = Counter(node.address for node in nodes)
+    # replicas that are not yet loaded want their part of the same memory
+    shares = {address: count * config.replicas for address, count in ranks.items()}
+    return [int(node.memory_available * CPU_PART) // shares[node.address] for node in nodes]

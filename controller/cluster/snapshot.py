@@ -1,0 +1,47 @@
+"""The cluster at one instant, as plain values; field by field the messages of types.proto."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ReplicaPhase = Literal["starting", "ready", "draining", "lost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSnapshot:
+    """One rank of a replica; it holds the query heads [head_start, head_stop)."""
+
+    rank: int
+    node: str
+    device: str
+    weight_bytes: int
+    kv_bytes: int
+    head_start: int
+    head_stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSnapshot:
+    """One replica. `kv_blocks_free` counts cached blocks without a user as free."""
+
+    replica_id: str
+    state: ReplicaPhase
+    ranks: tuple[RankSnapshot, ...] = ()
+    running_requests: int = 0
+    waiting_requests: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    kv_block_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    """All replicas, and the requests that wait for any of them."""
+
+    replicas: tuple[ReplicaSnapshot, ...] = ()
+    queued_requests: int = 0

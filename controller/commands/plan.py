@@ -1,0 +1,120 @@
+"""`phalanx plan`: what every rank would hold, before anything is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from phalanx.controller.config import RULES, load_config
+
+from .flags import config_flags
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from phalanx.controller.cluster.placement import MemoryPlan
+    from phalanx.protos.specs import DecoderSpec, DType
+
+PLAN_FLAGS = (
+    "tp",
+    "dtype",
+    "kv_dtype",
+    "memory_per_rank",
+    "kv_tokens",
+    "max_context",
+    "block_size",
+    "max_tokens_per_step",
+    "max_running",
+)
+
+
+@config_flags(*PLAN_FLAGS)
+def plan(
+    model: Annotated[str, typer.Argument(help=RULES["model"].help)],
+    flags: dict[str, Any],
+) -> None:
+    """Show how a model would be cut, and whether it fits. Reads headers only, starts nothing.
+
+    [bold]phalanx plan smollm2 --tp 2[/bold]  the cut of 9 heads over two ranks
+
+    [bold]phalanx plan ./my-model --tp 4 --memory-per-rank 16GiB[/bold]  how many tokens fit
+
+    [bold]phalanx plan smollm2 --tp 2 --kv-tokens 65536 --dtype float32[/bold]  what that many need
+
+    Without --memory-per-rank and --kv-tokens the KV cache is sized for one full context; less is
+    refused, and --max-context makes it smaller. Exit code 2 says that it does not fit.
+    """
+    from rich.console import Console
+
+    from phalanx.controller.cluster.placement import plan_memory
+    from phalanx.controller.model import resolve_model
+
+    config = load_config(None, {"model": model} | flags)
+    served = resolve_model(config.model, config.max_context)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
+    unbounded = config.memory_per_rank is None
+    memory = plan_memory(
+        served.spec,
+        dtype=cast("DType", dtype),
+        kv_dtype=cast("DType", kv_dtype),
+        tp_size=config.tp,
+        block_size=config.block_size,
+        max_tokens_per_step=config.max_tokens_per_step,
+        max_running=config.max_running,
+        memory_per_rank=None if unbounded else [cast("int", config.memory_per_rank)] * config.tp,
+        kv_tokens=config.kv_tokens or (served.max_context if unbounded else None),
+        min_kv_tokens=served.max_context,
+    )
+    console = Console(highlight=False)
+    spec = served.spec
+    console.print(
+        f"[bold]{served.name}[/] ({spec.family}): {spec.num_layers} layers, {spec.num_heads} query "
+        f"and {spec.num_kv_heads} key/value heads, weights {dtype}, KV cache {kv_dtype}"
+    )
+    console.print(rank_table(spec, memory))
+    contexts = memory.kv_tokens / served.max_context
+    console.print(
+        f"KV cache: [bold]{memory.kv_tokens}[/] tokens in {memory.cache.num_blocks} blocks of "
+        f"{memory.cache.block_size}: {contexts:.1f} requests of {served.max_context} tokens, or "
+        f"{memory.kv_tokens // 1024} of 1024",
+        soft_wrap=True,
+    )
+
+
+def rank_table(spec: DecoderSpec, memory: MemoryPlan) -> Table:
+    """One line a rank: its part of every dimension, and its bytes."""
+    from phalanx.protos.shards import cut_model
+
+    from .terminal import format_bytes, plain_table
+
+    table = plain_table()
+    for name in (
+        "rank",
+        "heads",
+        "KV\nheads",
+        "MLP\nwidth",
+        "vocab\nrows",
+        "weights",
+        "KV a\ntoken",
+        "temporary",
+        "KV cache",
+        "total",
+    ):
+        table.add_column(name, justify="right")
+    for rank in memory.ranks:
+        part = cut_model(spec, len(memory.ranks), rank.rank)
+        table.add_row(
+            str(rank.rank),
+            str(part.heads.query.size),
+            str(part.heads.kv.size),
+            str(part.mlp.size),
+            str(part.vocab.size),
+            format_bytes(rank.weights),
+            format_bytes(rank.kv_per_token),
+            format_bytes(rank.activations + rank.rope_table),
+            format_bytes(rank.kv),
+            format_bytes(rank.total),
+        )
+    return table

@@ -1,0 +1,97 @@
+"""`phalanx serve`: a cluster from start to a graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phalanx.controller.config import RULES, ClusterConfig, load_config
+
+from .flags import config_flags
+
+SERVE_FLAGS = tuple(name for name in RULES if name != "model")
+
+
+@config_flags(*SERVE_FLAGS)
+def serve(
+    flags: dict[str, Any],
+    model: Annotated[
+        str | None, typer.Argument(help=f"{RULES['model'].help} May stand in the config file.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="TOML file of fields; flags win over it."),
+    ] = None,
+) -> None:
+    """Serve a model over gRPC until Ctrl-C or SIGTERM.
+
+    [bold]phalanx serve smollm2[/bold]  one process
+
+    [bold]phalanx serve smollm2 --tp 2[/bold]  every layer cut over two ranks
+
+    [bold]phalanx serve ./my-model --tp 4 --replicas 2 --port 8000[/bold]
+
+    [bold]phalanx serve --config cluster.toml[/bold]  the same names as the flags, with underscores
+    """
+    asyncio.run(serve_until_stopped(load_config(config, {"model": model} | flags)))
+
+
+async def serve_until_stopped(config: ClusterConfig) -> None:
+    """Start the cluster, say where it listens, and stop it at a signal or when it ends itself."""
+    from rich.console import Console
+
+    from phalanx.controller.app import start_cluster
+
+    console = Console(highlight=False)
+    if config.insecure:
+        console.print("[bold red]insecure[/]: anyone who reaches this address may use the model")
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    starting = asyncio.ensure_future(start_cluster(config, progress=console))
+
+    def catch_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, _on_signal, loop, number, stopping, starting)
+
+    catch_signals()
+    try:
+        cluster = await starting
+    except asyncio.CancelledError:
+        console.print("stopped before it was ready")
+        return
+    catch_signals()  # again: Ray puts a handler of its own, which prints a stack, before ours
+    try:
+        console.print(f"[bold green]ready[/] on [bold]{cluster.address}[/]", soft_wrap=True)
+        if cluster.metrics_address:
+            scheme = "https" if config.metrics_needs_tls else "http"
+            console.print(
+                f"metrics on {scheme}://{cluster.metrics_address}/metrics", soft_wrap=True
+            )
+        console.print(f"try: phalanx chat --address {cluster.address}", soft_wrap=True)
+        stop = asyncio.ensure_future(stopping.wait())
+        end = asyncio.ensure_future(cluster.wait())
+        done, pending = await asyncio.wait({stop, end}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if end in done:
+            end.result()  # raises what ended the cluster
+    finally:
+        console.print("stopping; a second signal ends at once", soft_wrap=True)
+        await cluster.stop()
+
+
+def _on_signal(
+    loop: asyncio.AbstractEventLoop,
+    number: int,
+    stopping: asyncio.Event,
+    starting: asyncio.Future[Any],
+) -> None:
+    """The first signal stops gracefully; the next one finds the default behaviour again."""
+    loop.remove_signal_handler(number)
+    signal.signal(number, signal.SIG_DFL)
+    stopping.set()
+    starting.cancel()

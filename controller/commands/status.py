@@ -1,0 +1,87 @@
+"""`phalanx status`: what a running cluster says of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .flags import Connection, connection_flags
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@connection_flags
+def status(connection: Connection) -> None:
+    """Show the model, replicas, ranks, queue and KV cache of a running cluster.
+
+    [bold]phalanx status[/bold]
+
+    [bold]phalanx status --address 10.0.0.5:50051 --token-file token.txt[/bold]
+    """
+    from rich.console import Console
+
+    from phalanx.controller.client import Client
+
+    with Client(**connection.arguments()) as client:
+        info, state = client.model_info(), client.cluster_state()
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{info.name}[/] ({info.family}, {info.dtype}), context {info.max_context} tokens, "
+        f"server {info.server_version}; {state.queued_requests} requests queued"
+    )
+    console.print()
+    console.print(replica_table(state.replicas))
+    console.print()
+    console.print(rank_table(state.replicas))
+
+
+def replica_table(replicas: Any) -> Table:
+    """One line a replica."""
+    from .terminal import plain_table
+
+    table = plain_table()
+    for name in ("replica", "state"):
+        table.add_column(name)
+    for name in ("running", "waiting", "KV tokens", "used", "prefix hits", "preempted", "steps"):
+        table.add_column(name.replace(" ", "\n"), justify="right")
+    for replica in replicas:
+        total = replica.kv_blocks_total
+        used = total - replica.kv_blocks_free
+        table.add_row(
+            replica.replica_id,
+            replica.state,
+            str(replica.running_requests),
+            str(replica.waiting_requests),
+            str(total * replica.kv_block_tokens),
+            _ratio(used, total),
+            _ratio(replica.prefix_hit_tokens, replica.prefix_queried_tokens),
+            str(replica.preemptions),
+            str(replica.steps),
+        )
+    return table
+
+
+def rank_table(replicas: Any) -> Table:
+    """One line a rank."""
+    from .terminal import format_bytes, plain_table
+
+    table = plain_table()
+    for name in ("replica", "rank", "node", "device", "heads", "weights", "KV cache"):
+        right = name in ("rank", "weights", "KV cache")
+        table.add_column(name, justify="right" if right else "left")
+    for replica in replicas:
+        for rank in replica.ranks:
+            table.add_row(
+                replica.replica_id,
+                str(rank.rank),
+                rank.node,
+                rank.device,
+                f"{rank.head_start}-{rank.head_stop - 1}" if rank.head_stop else "none",
+                format_bytes(rank.weight_bytes),
+                format_bytes(rank.kv_bytes),
+            )
+    return table
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"

@@ -1,0 +1,252 @@
+"""The engine behind the gRPC front: requests to replicas, token events back to their streams.
+
+Runs on one event loop. Step loops run on threads of their own; they hand over their events once a
+step, through `call_soon_threadsafe`. When a replica is lost, its streams move to a live one, or
+wait for the next that becomes ready; their readers see a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+
+from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, Unavailable
+from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.specs import DecoderSpec
+
+from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
+from .handle import ReplicaHandle
+from .routing.router import Candidate, least_loaded
+from .scheduling.request import FinishReason, TokenEvent
+from .stream import Stream
+
+CANARY_TENANT = "phalanx-canary"
+SUSPECT_AFTER_LOSSES = 2
+"""From then on a request runs only while no other suspect does."""
+SET_ASIDE_AFTER_LOSSES = 3
+
+
+class AsyncEngine:
+    """`server.engine.Engine` over replicas. Create and use it on one running event loop."""
+
+    def __init__(self, model: DecoderSpec, replicas: int) -> None:
+        self._model = model
+        self._loop = asyncio.get_running_loop()
+        self._slots: list[ReplicaHandle | None] = [None] * replicas
+        self._numbers = itertools.count()
+        self._by_name: dict[str, Stream] = {}
+        self._live: dict[tuple[str, str], Stream] = {}
+        self._homeless: dict[Stream, None] = {}
+        self._first_ready = asyncio.Event()
+        self.on_serving: Callable[[bool], None] = lambda serving: None
+        """Called on the event loop when `serving` may have changed."""
+        self.on_replica_lost: Callable[[int, GroupLost], None] = lambda index, error: None
+        """Called on the event loop; for whoever starts replicas again."""
+
+    # --- replicas ---
+
+    def sink(self, events: Sequence[TokenEvent]) -> None:
+        """Events of a step; called on the step loops' threads."""
+        self._call(self._deliver, events)
+
+    def lost(self, handle: ReplicaHandle, error: GroupLost) -> None:
+        """A replica is gone; called on its step loop's thread, after its last events."""
+        self._call(self._lose, handle, error)
+
+    async def adopt(self, handle: ReplicaHandle) -> None:
+        """Take in a replica whose loop runs, once it has produced a canary token.
+
+        Raises `GroupLost` when it dies over it.
+        """
+        self._slots[handle.index] = handle
+        await self._canary(handle)
+        handle.proven = True
+        self._first_ready.set()
+        self._place_homeless()
+        self.on_serving(self.serving)
+
+    @property
+    def replicas(self) -> list[ReplicaHandle]:
+        """Those that are there, lost ones not yet replaced included."""
+        return [handle for handle in self._slots if handle is not None]
+
+    @property
+    def serving(self) -> bool:
+        """Whether any replica takes requests."""
+        return any(handle.serving for handle in self.replicas)
+
+    def tick(self, now: float) -> None:
+        """End homeless requests whose deadline has passed; to be called now and then."""
+        for stream in list(self._homeless):
+            if stream.deadline is not None and stream.deadline <= now:
+                stream.end(FinishReason.DEADLINE)
+        self._place_homeless()
+
+    # --- requests ---
+
+    async def wait_ready(self) -> None:
+        """Return once a replica has produced a canary token."""
+        await self._first_ready.wait()
+
+    async def submit(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        tenant: str,
+        deadline: float | None,
+    ) -> AsyncIterator[list[TokenEvent]]:
+        """See `server.engine.Engine.submit`."""
+        if (tenant, request_id) in self._live:
+            raise AlreadyExists(f"request_id {request_id!r} is taken by a request that still runs")
+        handle = self._choose()
+        if handle is None:
+            raise Unavailable("no replica is ready")
+        number, now = next(self._numbers), time.monotonic()
+        stream = Stream(number, prompt_token_ids, params, tenant, now, deadline)
+        self._live[tenant, request_id] = stream
+        try:
+            self._place(stream, handle)
+            async with contextlib.aclosing(self._follow(stream)) as batches:
+                async for events in batches:
+                    yield events
+        finally:
+            del self._live[tenant, request_id]
+
+    def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
+        """See `server.engine.Engine.stop_sample`."""
+        if stream := self._live.get((tenant, request_id)):
+            self._abort(stream, sample_index)
+
+    def abort(self, request_id: str, tenant: str) -> bool:
+        """See `server.engine.Engine.abort`."""
+        stream = self._live.get((tenant, request_id))
+        if stream is None:
+            return False
+        self._abort(stream, None)
+        return True
+
+    def snapshot(self) -> ClusterSnapshot:
+        """See `server.engine.Engine.snapshot`."""
+        replicas = tuple(
+            ReplicaSnapshot(replica_id=f"replica-{index}", state="starting")
+            if handle is None
+            else handle.snapshot(self._model)
+            for index, handle in enumerate(self._slots)
+        )
+        waiting = sum(replica.waiting_requests for replica in replicas)
+        return ClusterSnapshot(replicas=replicas, queued_requests=waiting + len(self._homeless))
+
+    # --- the inside ---
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _choose(self) -> ReplicaHandle | None:
+        """The live replica with the least to do."""
+        serving = {handle.index: handle for handle in self.replicas if handle.serving}
+        if not serving:
+            return None
+        open_tokens = dict.fromkeys(serving, 0)
+        for stream in self._by_name.values():
+            if stream.replica in open_tokens:
+                open_tokens[stream.replica] += stream.open_tokens
+        return serving[least_loaded([Candidate(*item) for item in open_tokens.items()]).index]
+
+    def _place(self, stream: Stream, handle: ReplicaHandle) -> None:
+        """Hand the stream's open samples to a replica, from where they stand."""
+        readmitted = stream.started
+        group = stream.requests()
+        stream.replica = handle.index
+        self._by_name[stream.name] = stream
+        handle.replica.add(group, readmitted=readmitted)
+
+    def _place_homeless(self) -> None:
+        """Find replicas for the streams that have lost theirs, the oldest first.
+
+        Suspects go one at a time: if the ranks die again, it is known who ran each time.
+        """
+        suspect_runs = any(map(_suspect, self._by_name.values()))
+        for stream in list(self._homeless):
+            if stream.finished:
+                del self._homeless[stream]
+            elif _suspect(stream) and suspect_runs:
+                continue
+            elif (handle := self._choose()) is not None:
+                del self._homeless[stream]
+                suspect_runs = suspect_runs or _suspect(stream)
+                self._place(stream, handle)
+
+    def _lose(self, handle: ReplicaHandle, error: GroupLost) -> None:
+        if self._slots[handle.index] is not handle:
+            return
+        self._slots[handle.index] = None
+        lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
+        for stream in lost:
+            del self._by_name[stream.name]
+            stream.replica = None
+            stream.losses += 1
+            if stream.losses >= SET_ASIDE_AFTER_LOSSES:
+                text = f"the ranks died {stream.losses} times while they computed this request"
+                stream.end(FinishReason.ERROR, error=RequestFailed(text))
+            else:
+                self._homeless[stream] = None
+        self._place_homeless()
+        self.on_serving(self.serving)
+        self.on_replica_lost(handle.index, error)
+
+    def _abort(self, stream: Stream, sample_index: int | None) -> None:
+        handle = None if stream.replica is None else self._slots[stream.replica]
+        if handle is None:
+            stream.end(FinishReason.ABORT, sample_index)
+        else:
+            handle.replica.abort(stream.name, sample_index, FinishReason.ABORT)
+
+    async def _follow(self, stream: Stream) -> AsyncGenerator[list[TokenEvent]]:
+        """The stream's events; a refusal is raised. Leaves nothing behind, however it ends."""
+        admitted, left = False, stream.samples
+        try:
+            while left:
+                events = await stream.take()
+                refusal = events[0].error
+                if not admitted and refusal is not None:
+                    raise refusal
+                admitted = True
+                left -= sum(event.finish is not None for event in events)
+                yield events
+        finally:
+            if not stream.finished:
+                self._abort(stream, None)
+            self._by_name.pop(stream.name, None)
+            self._homeless.pop(stream, None)
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            if stream := self._by_name.get(event.request_id):
+                stream.push(event)
+                if stream.finished:
+                    del self._by_name[event.request_id]
+
+    async def _canary(self, handle: ReplicaHandle) -> None:
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        stream = Stream(next(self._numbers), [0], params, CANARY_TENANT, time.monotonic(), None)
+        # a canary proves this replica: it must not move to another one
+        stream.losses = SET_ASIDE_AFTER_LOSSES
+        self._place(stream, handle)
+        tokens = 0
+        async for events in self._follow(stream):
+            tokens += sum(len(event.tokens) for event in events)
+            for event in events:
+                if event.error is not None:
+                    raise GroupLost(f"{handle.replica_id} gave no canary token: {event.error}")
+        if tokens != 1:
+            raise GroupLost(f"{handle.replica_id} gave no canary token")
+
+
+def _suspect(stream: Stream) -> bool:
+    return SUSPECT_AFTER_LOSSES <= stream.losses < SET_ASIDE_AFTER_LOSSES

@@ -1,0 +1,66 @@
+"""A replica with what is known of it outside its step loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phalanx.protos.shards import cut_model
+from phalanx.protos.specs import DecoderSpec
+
+from .cluster.fleet import RankFacts
+from .cluster.snapshot import RankSnapshot, ReplicaSnapshot
+from .replica import Replica
+
+
+class ReplicaHandle:
+    """The replica in slot `index`. block_tokens: tokens of a KV block."""
+
+    def __init__(
+        self, index: int, replica: Replica, ranks: Sequence[RankFacts], block_tokens: int
+    ) -> None:
+        self.index, self.replica = index, replica
+        self._ranks, self._block_tokens = tuple(ranks), block_tokens
+        self.proven = False
+        """Whether it has produced a canary token."""
+
+    @property
+    def replica_id(self) -> str:
+        """Its name for people."""
+        return f"replica-{self.index}"
+
+    @property
+    def serving(self) -> bool:
+        """Whether it takes requests."""
+        return self.proven and self.replica.lost is None
+
+    def snapshot(self, model: DecoderSpec) -> ReplicaSnapshot:
+        """As of its last step."""
+        stats = self.replica.stats()
+        lost = self.replica.lost is not None
+        return ReplicaSnapshot(
+            replica_id=self.replica_id,
+            state="lost" if lost else "ready" if self.proven else "starting",
+            ranks=tuple(_rank(facts, model, len(self._ranks)) for facts in self._ranks),
+            running_requests=stats.running,
+            waiting_requests=stats.waiting,
+            kv_blocks_total=stats.blocks_total,
+            kv_blocks_free=stats.blocks_free,
+            kv_block_tokens=self._block_tokens,
+            prefix_queried_tokens=stats.prefix_queried,
+            prefix_hit_tokens=stats.prefix_hit,
+            preemptions=stats.preemptions,
+            steps=stats.steps,
+        )
+
+
+def _rank(facts: RankFacts, model: DecoderSpec, tp_size: int) -> RankSnapshot:
+    heads = cut_model(model, tp_size, facts.rank).heads.query
+    return RankSnapshot(
+        rank=facts.rank,
+        node=facts.node,
+        device=facts.device,
+        weight_bytes=facts.report.weight_bytes,
+        kv_bytes=facts.report.kv_bytes,
+        head_start=heads.start,
+        head_stop=heads.stop,
+    )

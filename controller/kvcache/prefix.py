@@ -1,0 +1,123 @@
+"""Prefix caching: the content of a full block, named by a chained hash, and who holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from .blocks import require
+
+
+def _field(data: bytes) -> bytes:
+    # the length in front keeps ("ab", "c") and ("a", "bc") apart
+    return struct.pack("<Q", len(data)) + data
+
+
+class DigestChain:
+    """Digests of a growing token sequence, one per full block.
+
+    ::
+
+        tokens   | block 0 | block 1 | block 2 | rest
+        digests    d0 ------> d1 ------> d2      (none until the block is full)
+
+        d[i] = SHA-256(namespace, salt, d[i - 1], token ids of block i)
+
+    Every field is length-prefixed; d[-1] is empty. Equal digests therefore mean: same model, same
+    tenant, same tokens from position 0 on, so the same KV entries. A wilful collision is as hard
+    as breaking SHA-256.
+    """
+
+    def __init__(self, block_size: int, namespace: bytes, salt: bytes) -> None:
+        self._block_size = block_size
+        self._root = hashlib.sha256(_field(namespace) + _field(salt))
+        self._rest: list[int] = []
+        self.digests: list[bytes] = []
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """Append tokens. Amortised O(len(token_ids))."""
+        size = self._block_size
+        self._rest += token_ids
+        full = len(self._rest) // size * size
+        for start in range(0, full, size):
+            digest = self._root.copy()
+            digest.update(_field(self.digests[-1] if self.digests else b""))
+            digest.update(_field(struct.pack(f"<{size}I", *self._rest[start : start + size])))
+            self.digests.append(digest.digest())
+        if full:
+            del self._rest[:full]
+
+    def branch(self, token_ids: Sequence[int]) -> DigestChain:
+        """The chain of `token_ids`, which must be a prefix of the tokens fed so far."""
+        chain = DigestChain.__new__(DigestChain)
+        chain._block_size, chain._root, chain._rest = self._block_size, self._root, []
+        chain.digests = self.digests[: len(token_ids) // self._block_size]
+        chain.feed(token_ids[len(chain.digests) * self._block_size :])
+        return chain
+
+
+class PrefixIndex:
+    """Digest -> block, and the unreferenced cached blocks from least to most recently used.
+
+    Every call is O(1). When two blocks have the same content, the first stays the indexed one:
+    block tables only ever grow at the end, so no sequence is moved over to the other's block.
+    """
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_idle(self) -> int:
+        """Cached blocks that no sequence refers to."""
+        return len(self._idle)
+
+    def find(self, digest: bytes) -> int | None:
+        """The block with this content, if there is one."""
+        return self._block_of.get(digest)
+
+    def insert(self, digest: bytes, block: int) -> None:
+        """Index a referenced block, unless its content is indexed already."""
+        if digest not in self._block_of:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def holds(self, block: int) -> bool:
+        """Whether the block is indexed."""
+        return block in self._digest_of
+
+    def retire(self, block: int) -> None:
+        """An indexed block lost its last reference: it becomes the most recently used idle one."""
+        self._idle[block] = None
+
+    def revive(self, block: int) -> None:
+        """An indexed block is referred to again, or already was."""
+        self._idle.pop(block, None)
+
+    def evict(self) -> int:
+        """Forget the least recently used idle block and return it. Needs `num_idle` > 0."""
+        block, _ = self._idle.popitem(last=False)
+        del self._block_of[self._digest_of.pop(block)]
+        return block
+
+    def forget(self, digest: bytes) -> int | None:
+        """Forget this content; the block that held it if it was idle, which is the caller's now."""
+        block = self._block_of.pop(digest, None)
+        if block is None:
+            return None
+        del self._digest_of[block]
+        if block not in self._idle:
+            return None
+        del self._idle[block]
+        return block
+
+    def idle_blocks(self) -> frozenset[int]:
+        """All idle blocks, for audits; checks the two maps against each other."""
+        for digest, block in self._block_of.items():
+            require(self._digest_of.get(block) == digest, f"block {block} has two digests")
+        require(len(self._block_of) == len(self._digest_of), "an indexed block has no digest")
+        require(self._idle.keys() <= self._digest_of.keys(), "an idle block is not indexed")
+        return frozenset(self._idle)

@@ -1,0 +1,79 @@
+"""Request messages from plain Python values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phalanx.protos.errors import FieldViolation, InvalidArgument
+from phalanx.protos.v1 import serving_pb2, types_pb2
+
+Prompt = str | Sequence[int]
+Messages = str | Sequence[Mapping[str, str]]
+
+_FIELDS: dict[str, Any] = dict(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def generate_request(
+    prompt: Prompt, request_id: str, params: Mapping[str, Any]
+) -> serving_pb2.GenerateRequest:
+    """Raises `TypeError` for an unknown parameter, `InvalidArgument` for a value that no message
+    can hold; ranges are checked by the server."""
+    request = serving_pb2.GenerateRequest(request_id=request_id, params=sampling_params(params))
+    if isinstance(prompt, str):
+        request.text = prompt
+        return request
+    try:
+        request.token_ids.ids.extend(prompt)
+        request.token_ids.SetInParent()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument.of("token_ids", f"a text or token ids are needed: {error}") from None
+    return request
+
+
+def chat_request(
+    messages: Messages, request_id: str, params: Mapping[str, Any]
+) -> serving_pb2.ChatRequest:
+    """The same for a conversation; a text is one user's message."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    request = serving_pb2.ChatRequest(request_id=request_id, params=sampling_params(params))
+    for index, message in enumerate(messages):
+        try:
+            request.messages.add(**message)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument.of(
+                f"messages[{index}]", f"texts named role and content are needed: {error}"
+            ) from None
+    return request
+
+
+def sampling_params(params: Mapping[str, Any]) -> types_pb2.SamplingParams:
+    """The message of keyword arguments; None is as good as absent, one text as a list of one."""
+    unknown = [name for name in params if name not in _FIELDS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _FIELDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(_FIELDS)}"
+        raise TypeError(f"{', '.join(unknown)}: no such sampling parameter{hint}")
+    message = types_pb2.SamplingParams()
+    violations = []
+    for name, value in params.items():
+        if value is None:
+            continue
+        try:
+            _set(message, name, value)
+        except (TypeError, ValueError) as error:
+            violations.append(FieldViolation(f"params.{name}", f"{value!r:.80}: {error}"))
+    if violations:
+        raise InvalidArgument(violations)
+    return message
+
+
+def _set(message: types_pb2.SamplingParams, name: str, value: Any) -> None:
+    if name == "logit_bias":
+        message.logit_bias.update(value)
+    elif _FIELDS[name].is_repeated:
+        getattr(message, name).extend([value] if isinstance(value, str | int) else value)
+    else:
+        setattr(message, name, value)

@@ -1,0 +1,237 @@
+"""Prometheus metrics of a cluster: one table of names, one registry of its own.
+
+Labels only take values from closed sets, so that no caller can grow the page.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from .observing import StepTimes
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+METHODS = ("generate", "chat", "other")
+OUTCOMES = (
+    "stop",
+    "length",
+    "abort",
+    "cancelled",
+    "already_exists",
+    "deadline_exceeded",
+    "failed_precondition",
+    "invalid_argument",
+    "not_found",
+    "resource_exhausted",
+    "unauthenticated",
+    "unavailable",
+    "error",
+)
+PHASES = ("schedule", "execute", "update", "overhead")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric: its name without `phalanx_`, kind, help, label and buckets."""
+
+    name: str
+    kind: type[Counter | Gauge | Histogram]
+    help: str
+    label: str = ""
+    buckets: tuple[float, ...] = SECONDS
+
+    @property
+    def page_name(self) -> str:
+        """The name on the page: counters end in `_total` there."""
+        return f"phalanx_{self.name}" + ("_total" if self.kind is Counter else "")
+
+    def create(self, registry: CollectorRegistry) -> Any:
+        """The metric, registered."""
+        labels = (self.label,) if self.label else ()
+        if self.kind is Histogram:
+            return Histogram(
+                f"phalanx_{self.name}", self.help, labels, registry=registry, buckets=self.buckets
+            )
+        return self.kind(f"phalanx_{self.name}", self.help, labels, registry=registry)
+
+
+TABLE = (
+    Row("requests_started", Counter, "Requests received", "method"),
+    Row("requests", Counter, "Requests ended", "outcome"),
+    Row("requests_open", Gauge, "Requests received and not ended"),
+    Row("prompt_tokens", Counter, "Prompt tokens of ended requests"),
+    Row("completion_tokens", Counter, "Tokens generated"),
+    Row("time_to_first_token_seconds", Histogram, "From arrival to the first token"),
+    Row("inter_token_seconds", Histogram, "Time a token, between two messages of a stream"),
+    Row("queue_seconds", Histogram, "From arrival to the first step"),
+    Row("request_seconds", Histogram, "From arrival to the end"),
+    Row("steps", Counter, "Steps done"),
+    Row("step_seconds", Counter, "Time of steps by phase", "phase"),
+    Row("step_execute_seconds", Histogram, "Time that ranks spent on a step"),
+    Row("step_rows", Histogram, "Sequences in a step", buckets=COUNTS),
+    Row("step_tokens", Histogram, "Tokens computed in a step", buckets=COUNTS),
+    Row("running_requests", Gauge, "Requests being computed", "replica"),
+    Row("waiting_requests", Gauge, "Requests waiting for a place", "replica"),
+    Row("kv_blocks", Gauge, "KV blocks in all", "replica"),
+    Row("kv_blocks_free", Gauge, "KV blocks that a request could take", "replica"),
+    Row("kv_use_ratio", Gauge, "Part of the KV blocks in use, 0 to 1", "replica"),
+    Row("prefix_queried_tokens", Counter, "Prompt tokens looked up in the prefix cache", "replica"),
+    Row("prefix_hit_tokens", Counter, "Prompt tokens found in the prefix cache", "replica"),
+    Row("preemptions", Counter, "Requests sent back to wait for want of KV blocks", "replica"),
+)
+
+
+class ReplicaStats(Protocol):
+    """A replica's state; the last three count since its start."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+    @property
+    def prefix_queried(self) -> int: ...
+    @property
+    def prefix_hit(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+
+
+CUMULATIVE = {
+    "prefix_queried": "prefix_queried_tokens",
+    "prefix_hit": "prefix_hit_tokens",
+    "preemptions": "preemptions",
+}
+
+
+class Metrics:
+    """Observer of the service and of the step loops. Safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._all = {row.name: row.create(self.registry) for row in TABLE}
+        everything = self._all
+        self._started = {name: everything["requests_started"].labels(name) for name in METHODS}
+        self._ended = {name: everything["requests"].labels(name) for name in OUTCOMES}
+        self._open = everything["requests_open"]
+        self._prompt_tokens = everything["prompt_tokens"]
+        self._completion_tokens = everything["completion_tokens"]
+        self._first_token = everything["time_to_first_token_seconds"]
+        self._inter_token = everything["inter_token_seconds"]
+        self._queue = everything["queue_seconds"]
+        self._request = everything["request_seconds"]
+        self._steps = everything["steps"]
+        self._phases = tuple(everything["step_seconds"].labels(name) for name in PHASES)
+        self._execute = everything["step_execute_seconds"]
+        self._rows = everything["step_rows"]
+        self._tokens = everything["step_tokens"]
+        self._replicas = threading.Lock()
+        self._last: dict[tuple[str, str], int] = {}
+
+    def on_start(self, method: str) -> None:
+        """A request of RPC `method` ("Generate", "Chat") came in."""
+        self._started.get(method.lower(), self._started["other"]).inc()
+        self._open.inc()
+
+    def on_first_token(self, seconds: float) -> None:
+        """The first token left, `seconds` after the request came in."""
+        self._first_token.observe(seconds)
+
+    def on_tokens(self, count: int, gap_seconds: float) -> None:
+        """A further message left with `count` tokens, `gap_seconds` after the one before it."""
+        if count > 0:
+            self._inter_token.observe(gap_seconds / count)
+
+    def on_queue_time(self, seconds: float) -> None:
+        """A request entered its first step after waiting so long."""
+        self._queue.observe(seconds)
+
+    def on_end(
+        self, outcome: str, prompt_tokens: int, completion_tokens: int, seconds: float
+    ) -> None:
+        """A request ended: one of `OUTCOMES`, in any case; others count as "error"."""
+        self._ended.get(outcome.lower(), self._ended["error"]).inc()
+        self._open.dec()
+        self._prompt_tokens.inc(prompt_tokens)
+        self._completion_tokens.inc(completion_tokens)
+        self._request.observe(seconds)
+
+    def on_step(self, times: StepTimes) -> None:
+        """A step of any replica is done."""
+        schedule, execute, update, overhead = self._phases
+        schedule.inc(times.schedule_s)
+        execute.inc(times.execute_s)
+        update.inc(times.update_s)
+        overhead.inc(times.overhead_s)
+        self._steps.inc()
+        self._execute.observe(times.execute_s)
+        self._rows.observe(times.rows)
+        self._tokens.observe(times.tokens)
+
+    def set_replica(self, replica_id: str, stats: ReplicaStats) -> None:
+        """Take over a replica's state; counts that fell mean that it started anew."""
+        with self._replicas:
+            self._set_replica(replica_id, stats)
+
+    def _set_replica(self, replica_id: str, stats: ReplicaStats) -> None:
+        used = stats.blocks_total - stats.blocks_free
+        ratio = used / stats.blocks_total if stats.blocks_total else 0.0
+        self._all["running_requests"].labels(replica_id).set(stats.running)
+        self._all["waiting_requests"].labels(replica_id).set(stats.waiting)
+        self._all["kv_blocks"].labels(replica_id).set(stats.blocks_total)
+        self._all["kv_blocks_free"].labels(replica_id).set(stats.blocks_free)
+        self._all["kv_use_ratio"].labels(replica_id).set(ratio)
+        for attribute, name in CUMULATIVE.items():
+            value = getattr(stats, attribute)
+            last = self._last.get((replica_id, name), 0)
+            self._all[name].labels(replica_id).inc(value - last if value >= last else value)
+            self._last[replica_id, name] = value
+
+    def serve(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_client_ca: str | None = None,
+    ) -> MetricsServer:
+        """Publish the page on a thread; port 0 takes a free one. With `tls_client_ca`, only
+        scrapers with its certificate are answered. Raises `OSError` when the port is taken."""
+        server, thread = start_http_server(
+            port,
+            host,
+            self.registry,
+            certfile=tls_cert,
+            keyfile=tls_key,
+            client_cafile=tls_client_ca,
+            client_auth_required=tls_client_ca is not None,
+        )
+        return MetricsServer(server, thread)
+
+
+class MetricsServer:
+    """The page while it is served."""
+
+    def __init__(self, server: Any, thread: Any) -> None:
+        self._server = server
+        self._thread = thread
+
+    @property
+    def address(self) -> str:
+        """`host:port` that is bound."""
+        host, port = self._server.server_address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)

@@ -1,0 +1,200 @@
+"""The step loop of one replica: schedule -> execute -> update.
+
+One thread owns the scheduler and the fleet; everybody else leaves commands and gets events. Up
+to `max_in_flight` plans are with the ranks at a time, so that they find the next plan waiting
+when they finish one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from phalanx.protos.errors import GroupLost, PhalanxError
+
+from .cluster.fleet import Fleet
+from .observing import Observer, Silent, StepTimes
+from .scheduling.request import FinishReason, Request, TokenEvent
+from .scheduling.scheduler import Scheduler, SchedulerStats
+
+IDLE_WAIT_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    sent: float
+    schedule_s: float
+    rows: int
+    tokens: int
+
+
+Sink = Callable[[Sequence[TokenEvent]], None]
+
+
+_Command = Callable[[], Sequence[TokenEvent]]
+
+
+class Replica:
+    """A scheduler and a started fleet, driven by a thread of their own."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        fleet: Fleet,
+        sink: Sink,
+        *,
+        max_in_flight: int,
+        step_timeout_s: float,
+        observer: Observer | None = None,
+        on_lost: Callable[[GroupLost], None] = lambda error: None,
+    ) -> None:
+        """sink gets every step's events. on_lost is told why the loop has ended: whatever was not
+        finished before, and whatever is added later, gets no further events. Both are called on
+        the loop's thread."""
+        self._scheduler, self._fleet, self._sink = scheduler, fleet, sink
+        self._max_in_flight, self._step_timeout_s = max_in_flight, step_timeout_s
+        self._observer, self._on_lost = observer or Silent(), on_lost
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_result: float | None = None
+        self._stopping = threading.Event()
+        self._lost: GroupLost | None = None
+        self._stats = scheduler.stats()
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the step in flight."""
+        self._stopping.set()
+        self._commands.put(lambda: ())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def lost(self) -> GroupLost | None:
+        """Why the loop has ended, if it has."""
+        return self._lost
+
+    def stats(self) -> SchedulerStats:
+        """The scheduler's figures as of the last turn of the loop."""
+        return self._stats
+
+    def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
+        """Queue samples of one request; a refusal comes back as their ERROR events.
+
+        readmitted: they were accepted before, so that a full queue does not refuse them.
+        """
+
+        def command() -> Sequence[TokenEvent]:
+            try:
+                self._scheduler.add(group, readmitted=readmitted)
+            except PhalanxError as error:
+                return [
+                    TokenEvent(
+                        request_id=request.request_id,
+                        sample_index=request.sample_index,
+                        first_index=len(request.output_token_ids),
+                        finish=FinishReason.ERROR,
+                        error=error,
+                    )
+                    for request in group
+                ]
+            return ()
+
+        self._commands.put(command)
+
+    def abort(self, request_id: str, sample_index: int | None, reason: FinishReason) -> None:
+        """End a request, or one sample of it."""
+        self._commands.put(lambda: self._scheduler.abort(request_id, sample_index, reason))
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except GroupLost as error:
+            self._end(error)
+        except Exception as error:  # noqa: BLE001  a defect of ours: the streams must still end
+            _log.exception("the step loop failed")
+            self._end(GroupLost(f"the step loop failed: {type(error).__name__}"))
+        else:
+            self._end(GroupLost("the replica was stopped"))
+
+    def _turn(self) -> None:
+        """One turn: commands, plans out, one result in."""
+        idle = not self._in_flight and not self._scheduler.has_work
+        events = self._take_commands(wait=idle)
+        events += self._scheduler.expire(time.monotonic())
+        if idle:
+            self._fleet.check()
+        self._fill()
+        if self._in_flight:
+            events += self._receive()
+        elif self._scheduler.has_work:
+            events += self._take_commands(wait=True)
+        self._stats = self._scheduler.stats()
+        if events:
+            self._sink(events)
+
+    def _take_commands(self, *, wait: bool) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        try:
+            while True:
+                command = self._commands.get(block=wait, timeout=IDLE_WAIT_S)
+                wait = False
+                events += command()
+        except queue.Empty:
+            return events
+
+    def _fill(self) -> None:
+        """Send plans until enough are with the ranks or nothing can be planned."""
+        while len(self._in_flight) < self._max_in_flight:
+            started = time.perf_counter()
+            plan = self._scheduler.schedule(time.monotonic())
+            if plan is None:
+                return
+            self._fleet.send(plan)
+            sent = time.perf_counter()
+            for seconds in self._scheduler.drain_queue_times():
+                self._observer.on_queue_time(seconds)
+            self._in_flight.append(_InFlight(sent, sent - started, len(plan.rows), plan.num_tokens))
+
+    def _receive(self) -> list[TokenEvent]:
+        result = self._fleet.receive(self._step_timeout_s)
+        received = time.perf_counter()
+        events = self._scheduler.update(result)
+        if self._scheduler.in_flight == len(self._in_flight):
+            return []  # it was no answer to a plan of ours
+        step = self._in_flight.popleft()
+        # the rank was free from the last result on, or from the sending where that came later
+        free = max(self._last_result or 0.0, step.sent)
+        overhead = received - free - result.execute_s
+        self._last_result = received if self._in_flight or self._scheduler.has_work else None
+        self._observer.on_step(
+            StepTimes(
+                schedule_s=step.schedule_s,
+                execute_s=result.execute_s,
+                update_s=time.perf_counter() - received,
+                overhead_s=max(overhead, 0.0) + (step.schedule_s if step.sent == free else 0.0),
+                rows=step.rows,
+                tokens=step.tokens,
+            )
+        )
+        return list(events)
+
+    def _end(self, error: GroupLost) -> None:
+        graceful = self._stopping.is_set()
+        if not graceful:
+            _log.error("replica lost: %s", error)
+        self._lost = error
+        self._on_lost(error)
+        self._fleet.stop(at_once=not graceful)

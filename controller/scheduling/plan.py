@@ -1,0 +1,56 @@
+"""A step plan in the making, and what is remembered of it until its result comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from phalanx.protos.steps import BlockCopy, NewSequence, Row, StepPlan
+
+from .sample import Sample
+
+
+@dataclass(slots=True)
+class PlanDraft:
+    """Collects the work of one step within a budget of tokens."""
+
+    budget: int
+    """Tokens that may still be added."""
+    new: list[NewSequence] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    samples: dict[int, Sample] = field(default_factory=dict)
+    """Who computes, by attempt id."""
+    sampling: set[int] = field(default_factory=set)
+    """The attempts that sample a token."""
+
+    def add(self, sample: Sample, new_blocks: list[int]) -> None:
+        """Let the sample compute what remains, as far as the budget goes."""
+        count = min(sample.remaining, self.budget)
+        self.budget -= count
+        sample.num_computed += count
+        self.rows.append(Row(sample.seq, count, new_blocks))
+        self.samples[sample.seq] = sample
+        if not sample.remaining:
+            sample.pending += 1
+            self.sampling.add(sample.seq)
+
+    def finish(self, epoch: int, step: int, finished: Sequence[int]) -> StepPlan:
+        """The plan as a value. finished: attempts that the ranks may forget."""
+        return StepPlan(
+            epoch=epoch,
+            step=step,
+            finished=list(finished),
+            new=self.new,
+            copies=self.copies,
+            rows=self.rows,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A plan that was sent and not yet answered."""
+
+    step: int
+    samples: dict[int, Sample]
+    sampling: frozenset[int]

@@ -1,0 +1,203 @@
+"""Who computes in the next step, who may start, and who must give its blocks to others."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from phalanx.controller.kvcache.blocks import require
+from phalanx.controller.kvcache.manager import KVCacheManager
+from phalanx.protos.steps import BlockCopy
+
+from .config import SchedulerConfig
+from .plan import PlanDraft
+from .queue import WaitingQueue
+from .sample import Sample, State
+
+
+class StepPlanner:
+    """Fills one step, in this order, until its budget of tokens is used up:
+
+    1. Running samples that need one token: the streams. The budget always holds them all.
+    2. Running samples that need more: the next chunk of their prompts, oldest first.
+    3. The head of the queue, again and again. A head that does not fit waits, and everybody
+       behind it.
+
+    A running sample that finds no block takes those of the youngest one. The loser goes back to
+    the head of the queue and computes its tokens again later, the output included. A sample that
+    has lost `max_preemptions` times is admitted only with room for its whole length: it never
+    needs a further block, and is never chosen again. Hence the oldest sample always advances, and
+    every sample ends.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
+        self._config, self._cache = config, cache
+        self.waiting = WaitingQueue()
+        self.running: dict[int, Sample] = {}
+        """By attempt id."""
+        self.dismissed: list[int] = []
+        """Attempts that the ranks must be told to forget."""
+        self.queue_times: deque[float] = deque(maxlen=config.max_queued)
+        """Seconds from arrival to the first step, of the requests begun last."""
+        self.last_queue_time = 0.0
+        self.preemptions = 0
+        self.prefix_queried = 0
+        self.prefix_hit = 0
+        self._next_seq = 0
+
+    def plan(self, now: float) -> PlanDraft:
+        """The work of the next step; its rows are empty when there is none."""
+        draft = PlanDraft(self._config.max_tokens_per_step)
+        self._continue_running(draft)
+        self._admit(draft, now)
+        for sample in draft.samples.values():
+            self._cache.commit(sample.seq, sample.num_computed)
+            if sample.followers and sample.has_prompt:
+                self._release_followers(sample)
+        return draft
+
+    def dismiss(self, sample: Sample) -> None:
+        """Take a running sample's blocks away. They may be handed out at once."""
+        del self.running[sample.seq]
+        self._cache.commit(sample.seq, sample.num_computed)
+        self._cache.release(sample.seq)
+        self.dismissed.append(sample.seq)
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless tables and running samples agree."""
+        require(self._cache.sequences == self.running.keys(), "tables of samples that do not run")
+        require(len(self.running) <= self._config.max_running, "too many samples run")
+        for seq, sample in self.running.items():
+            require(sample.seq == seq, f"attempt {seq} is filed wrongly")
+            room = len(self._cache.table(seq)) * self._cache.block_size
+            require(sample.num_computed <= room, f"attempt {seq} computes beyond its blocks")
+            require(sample.length <= sample.limit, f"attempt {seq} is planned past its limit")
+
+    def _continue_running(self, draft: PlanDraft) -> None:
+        chunks: list[Sample] = []
+        for sample in sorted(self.running.values(), key=_by_arrival):
+            if sample.state is not State.RUNNING or sample.is_complete:
+                continue  # preempted a moment ago, or only its results are missing
+            if sample.remaining > 1:
+                chunks.append(sample)
+            elif (blocks := self._grow(sample)) is not None:
+                draft.add(sample, blocks)
+        for sample in chunks:
+            if draft.budget and sample.state is State.RUNNING:
+                draft.add(sample, [])  # room for all known tokens came with the admission
+
+    def _grow(self, sample: Sample) -> list[int] | None:
+        """Blocks for one more token; None if this sample itself had to give way.
+
+        Nobody who has a row in this plan can lose it: the younger ones have their turn later.
+        """
+        while (blocks := self._cache.append(sample.seq, sample.num_computed + 1)) is None:
+            victim = max(filter(self._may_preempt, self.running.values()), key=_by_arrival)
+            self._preempt(victim)
+            if victim is sample:
+                return None
+        return blocks
+
+    def _may_preempt(self, sample: Sample) -> bool:
+        return sample.preemptions < self._config.max_preemptions
+
+    def _preempt(self, sample: Sample) -> None:
+        self.dismiss(sample)
+        sample.state = State.WAITING
+        sample.preemptions += 1
+        self.preemptions += 1
+        self.waiting.push_front(sample)
+
+    def _release_followers(self, leader: Sample) -> None:
+        """From the next plan on, the leader's blocks can be forked."""
+        for follower in reversed(leader.followers):
+            follower.leader, follower.fork_of = None, leader.seq
+            if leader.chain is not None:
+                follower.chain = leader.chain.branch(follower.request.prompt_token_ids)
+                follower.chain.feed(follower.request.output_token_ids)
+            follower.state = State.WAITING
+            self.waiting.push_front(follower)
+        leader.followers = []
+
+    def _admit(self, draft: PlanDraft, now: float) -> None:
+        while draft.budget and self.waiting and len(self.running) < self._config.max_running:
+            sample = self.waiting.head
+            # a preempted sample's last tokens must be here before it can be described in full
+            if sample.pending or not self._open_table(sample, draft):
+                return
+            self.waiting.remove(sample)
+            sample.state = State.RUNNING
+            self.running[sample.seq] = sample
+            if not sample.was_admitted and sample.fork_of is None:
+                self.last_queue_time = now - sample.request.arrival
+                self.queue_times.append(self.last_queue_time)
+            sample.was_admitted, sample.fork_of = True, None
+            draft.new.append(sample.new_sequence())
+            draft.add(sample, list(self._cache.table(sample.seq)))
+
+    def _open_table(self, sample: Sample, draft: PlanDraft) -> bool:
+        """Give the sample blocks for all its known tokens and one more. False: it must wait."""
+        if sample.chain is None and self._config.prefix_caching:
+            tokens = sample.request.prompt_token_ids + sample.request.output_token_ids
+            sample.chain = self._cache.chain(sample.request.tenant, tokens)
+        most = sample.limit - 1  # the last token is never computed
+        room = min(sample.length + 1, most) if self._may_preempt(sample) else most
+        reserve = self._reserve()
+        leader = None if sample.fork_of is None else self.running.get(sample.fork_of)
+        if leader is not None:
+            opened = self._fork(leader, sample, room, reserve, draft.copies)
+        else:
+            opened = self._match(sample, room, reserve)
+        if opened:
+            sample.seq = self._next_seq
+            self._next_seq += 1
+        return opened
+
+    def _reserve(self) -> int:
+        """Blocks that an admission leaves free, lest it soon cost somebody his place."""
+        growth = self._config.reserve_tokens
+        return sum(
+            self._cache.blocks_for(min(sample.limit - sample.length, growth))
+            for sample in self.running.values()
+        )
+
+    def _fork(
+        self, leader: Sample, sample: Sample, room: int, reserve: int, copies: list[BlockCopy]
+    ) -> bool:
+        """Share the leader's prompt but for its last token, whose computation gives logits."""
+        shared = sample.num_prompt - 1
+        fork = self._cache.fork(
+            leader.seq,
+            self._next_seq,
+            sample.chain,
+            shared_tokens=shared,
+            num_tokens=room,
+            reserve=reserve,
+        )
+        if fork is None:
+            return False
+        if fork.copy is not None:
+            copies.append(fork.copy)
+        sample.num_computed = shared
+        sample.cached_prompt_tokens = leader.cached_prompt_tokens
+        return True
+
+    def _match(self, sample: Sample, room: int, reserve: int) -> bool:
+        """Start with what the prefix cache holds."""
+        reads = not sample.wants_prompt_logprobs
+        cached = self._cache.match(sample.chain, sample.length) if reads else []
+        blocks = self._cache.allocate(
+            self._next_seq, sample.chain, room, cached=cached, reserve=reserve
+        )
+        if blocks is None:
+            return False
+        sample.num_computed = len(cached) * self._cache.block_size
+        if not sample.was_admitted:
+            sample.cached_prompt_tokens = min(sample.num_computed, sample.num_prompt)
+            if sample.chain is not None and reads:
+                self.prefix_queried += sample.num_prompt
+                self.prefix_hit += sample.cached_prompt_tokens
+        return True
+
+
+def _by_arrival(sample: Sample) -> int:
+    return sample.order

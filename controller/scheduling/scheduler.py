@@ -1,0 +1,327 @@
+"""Continuous batching: which samples compute which tokens in each step.
+
+The step loop calls `schedule` for the next plan, sends it, and hands the result to `update`,
+which answers with the events of the streams. A sample's life::
+
+    add ---> WAITING -----------------> RUNNING --> ENDED  (stop, length, abort, deadline, error)
+       |        ^   blocks were found    |  |
+       |        +---- preempted ---------+  |
+       |        |                           |
+       +--> FOLLOWING <---------------------+
+            the leader has computed the prompt: fork its blocks
+
+Up to `max_in_flight` plans may be out. A plan that follows an unanswered one counts on a token
+that is not known here yet (`Sample.pending`); the ranks know it, since they sampled it. When the
+token turns out to be the last one, the row that counted on it was computed in vain, and its
+result is dropped. A preempted sample still gets its pending tokens: generation is a pure function
+of what came before, so they are the tokens that a second computation would give.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from phalanx.controller.kvcache.blocks import require
+from phalanx.controller.kvcache.manager import KVCacheManager
+from phalanx.protos.errors import (
+    AlreadyExists,
+    GroupLost,
+    PhalanxError,
+    RequestFailed,
+    ResourceExhausted,
+)
+from phalanx.protos.steps import StepPlan, StepResult
+
+from .checks import check_group
+from .config import SchedulerConfig
+from .plan import InFlight
+from .planner import StepPlanner
+from .queue import DeadlineHeap
+from .request import FinishReason, Request, TokenEvent
+from .sample import Sample, State
+
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats"]
+
+MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """Figures of one scheduler. Blocks and samples are as of now, the rest counts from birth."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    """Blocks that can be handed out, idle cached ones included."""
+    blocks_cached: int
+    """Idle blocks whose content is kept."""
+    prefix_queried: int
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hit: int
+    """Prompt tokens found there."""
+    preemptions: int
+    steps: int
+    """Plans answered."""
+
+
+class Scheduler:
+    """The requests of one replica. Not thread-safe; looks at no clock: time is handed in.
+
+    `cache` belongs to this scheduler alone. epoch: names the group of ranks; steps count from 0.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: KVCacheManager, epoch: int = 0) -> None:
+        self._config, self._cache, self._epoch = config, cache, epoch
+        self._planner = StepPlanner(config, cache)
+        self._requests: dict[str, dict[int, Sample]] = {}
+        self._num_samples = 0
+        self._deadlines = DeadlineHeap()
+        self._in_flight: deque[InFlight] = deque()
+        self._next_order = 0
+        self._next_step = 0
+        self.foreign_results = 0
+        """Results of another epoch, which were ignored."""
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that one sample may have: the context, or what the whole pool holds and one."""
+        pool = self._cache.num_blocks * self._cache.block_size
+        return min(self._config.max_context, pool + 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sample lives."""
+        return self._num_samples > 0
+
+    @property
+    def num_running(self) -> int:
+        """Samples that hold blocks."""
+        return len(self._planner.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that live and hold no blocks."""
+        return self._num_samples - self.num_running
+
+    @property
+    def in_flight(self) -> int:
+        """Plans made and not yet answered."""
+        return len(self._in_flight)
+
+    def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
+        """Queue all samples of one request; they may bring output tokens of an earlier life.
+
+        The first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
+        `AlreadyExists` for an id that lives, `ResourceExhausted` when the queue is full; what was
+        accepted before and is `readmitted` is not subject to that.
+        """
+        check_group(group, self.max_context)
+        request_id = group[0].request_id
+        if request_id in self._requests:
+            raise AlreadyExists(f"request_id: {request_id!r} is taken by a live request")
+        if self.num_waiting >= self._config.max_queued and not readmitted:
+            raise ResourceExhausted(
+                f"the queue is full: {self.num_waiting} samples wait, "
+                f"{self._config.max_queued} may",
+                # about as long as the request admitted last has waited
+                min(max(self._planner.last_queue_time, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+            )
+        samples = [self._sample(request) for request in group]
+        self._requests[request_id] = {sample.request.sample_index: sample for sample in samples}
+        self._num_samples += len(samples)
+        leader, *followers = samples
+        _follow(leader, followers)
+        self._planner.waiting.append(leader)
+
+    def abort(
+        self,
+        request_id: str,
+        sample_index: int | None = None,
+        reason: FinishReason = FinishReason.ABORT,
+    ) -> Sequence[TokenEvent]:
+        """End a request, or one sample of it, and free its blocks at once. Unknown ids: nothing."""
+        samples = self._requests.get(request_id, {})
+        chosen = [
+            sample
+            for index, sample in samples.items()
+            if sample_index is None or index == sample_index
+        ]
+        return [self._end(sample, sample.event(finish=reason)) for sample in chosen]
+
+    def expire(self, now: float) -> Sequence[TokenEvent]:
+        """End every sample whose deadline has passed. Call it before `schedule`."""
+        events: list[TokenEvent] = []
+        for request_id, index in self._deadlines.pop_due(now):
+            sample = self._requests.get(request_id, {}).get(index)
+            # the id may have been used again since, with a later deadline
+            if sample is None or sample.request.deadline is None or sample.request.deadline > now:
+                continue
+            events.append(self._end(sample, sample.event(finish=FinishReason.DEADLINE)))
+        return events
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next plan, or None: enough are in flight, or there is nothing to compute yet.
+
+        now: `time.monotonic()`, for queue times only. The plan must be sent.
+        """
+        if len(self._in_flight) >= self._config.max_in_flight:
+            return None
+        draft = self._planner.plan(now)
+        if not draft.rows:
+            return None
+        step, self._next_step = self._next_step, self._next_step + 1
+        self._in_flight.append(InFlight(step, draft.samples, frozenset(draft.sampling)))
+        finished, self._planner.dismissed = self._planner.dismissed, []
+        return draft.finish(self._epoch, step, finished)
+
+    def update(self, result: StepResult) -> Sequence[TokenEvent]:
+        """Take in the oldest plan's result.
+
+        Raises `GroupLost` when it is another plan's result, or not an answer to all of it.
+        """
+        if result.epoch != self._epoch:
+            self.foreign_results += 1
+            return []
+        due = self._in_flight[0].step if self._in_flight else None
+        if result.step != due:
+            raise GroupLost(f"the result of step {result.step} came, that of {due} is due")
+        return list(self._events(self._in_flight.popleft(), result))
+
+    def abort_all(self, error: PhalanxError) -> Sequence[TokenEvent]:
+        """End every sample with `error`, and forget the plans in flight: the ranks are gone."""
+        self._in_flight.clear()
+        samples = [sample for group in self._requests.values() for sample in group.values()]
+        events = [
+            self._end(sample, sample.event(finish=FinishReason.ERROR, error=error))
+            for sample in samples
+        ]
+        self._planner.dismissed.clear()
+        return events
+
+    def drain_queue_times(self) -> list[float]:
+        """Seconds from arrival to the first step, of the requests begun since the last call."""
+        times = list(self._planner.queue_times)
+        self._planner.queue_times.clear()
+        return times
+
+    def stats(self) -> SchedulerStats:
+        """Figures as of now. O(1)."""
+        return SchedulerStats(
+            running=self.num_running,
+            waiting=self.num_waiting,
+            blocks_total=self._cache.num_blocks,
+            blocks_free=self._cache.num_free,
+            blocks_cached=self._cache.num_cached,
+            prefix_queried=self._planner.prefix_queried,
+            prefix_hit=self._planner.prefix_hit,
+            preemptions=self._planner.preemptions,
+            steps=self._next_step - len(self._in_flight),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless all books agree. O(samples + blocks); for tests."""
+        self._cache.check_integrity()
+        self._planner.check_integrity()
+        samples = [sample for group in self._requests.values() for sample in group.values()]
+        require(all(self._requests.values()), "a request without samples is kept")
+        require(len(samples) == self._num_samples, "samples are miscounted")
+        by_state = {state: [s for s in samples if s.state is state] for state in State}
+        require(not by_state[State.ENDED], "an ended sample is kept")
+        running = self._planner.running.values()
+        require(set(by_state[State.RUNNING]) == set(running), "running samples disagree")
+        waiting = list(self._planner.waiting)
+        require(set(by_state[State.WAITING]) == set(waiting), "waiting samples disagree")
+        following = [follower for sample in samples for follower in sample.followers]
+        require(set(by_state[State.FOLLOWING]) == set(following), "followers disagree")
+        for sample in samples:
+            owed = sum(
+                step.samples.get(seq) is sample for step in self._in_flight for seq in step.sampling
+            )
+            require(sample.pending == owed, f"{sample.request.key} has {sample.pending} pending")
+            require(sample.num_known < sample.limit, f"{sample.request.key} is past its limit")
+
+    def _sample(self, request: Request) -> Sample:
+        sample = Sample.of(request, self._next_order, self.max_context, self._config.eos_token_ids)
+        self._next_order += 1
+        if request.deadline is not None:
+            self._deadlines.push(request.deadline, request.key)
+        return sample
+
+    def _events(self, plan: InFlight, result: StepResult) -> Iterator[TokenEvent]:
+        tokens = {token.seq: token for token in result.sampled}
+        failures = {failure.seq: failure for failure in result.failures}
+        scores = {run.seq: run for run in result.prompt_logprobs}
+        missing = plan.sampling - tokens.keys() - failures.keys()
+        unasked = (tokens.keys() - plan.sampling) | (
+            (failures.keys() | scores.keys()) - plan.samples.keys()
+        )
+        if missing or unasked:
+            raise GroupLost(
+                f"step {plan.step}: no answer for sequences {sorted(missing)}, "
+                f"unasked answers for {sorted(unasked)}"
+            )
+        for seq, sample in plan.samples.items():
+            if sample.state is State.ENDED:
+                continue  # its last tokens were counted on in vain
+            if seq in failures:
+                error = RequestFailed(failures[seq].message)
+                event = sample.event(finish=FinishReason.ERROR, error=error)
+                yield self._end(sample, event)
+                self._cache.forget(sample.chain)
+                continue
+            run = sample.take_scores(scores.get(seq))
+            if seq in tokens:
+                finish = sample.accept(tokens[seq])
+                event = sample.event(tokens[seq], finish, scores=run)
+                yield event if finish is None else self._end(sample, event)
+            elif run is not None:
+                yield sample.event(scores=run)
+
+    def _end(self, sample: Sample, event: TokenEvent) -> TokenEvent:
+        """Let go of a sample whose last event this is."""
+        waiting, heirs = self._planner.waiting, sample.followers
+        if sample.state is State.FOLLOWING and sample.leader is not None:
+            sample.leader.followers.remove(sample)
+        elif sample.state is State.RUNNING:
+            self._planner.dismiss(sample)
+            if heirs:
+                waiting.push_front(_lead(heirs))
+        elif heirs:
+            waiting.replace(sample, _lead(heirs))
+        else:
+            waiting.remove(sample)
+        sample.state = State.ENDED
+        self._forget(sample)
+        return event
+
+    def _forget(self, sample: Sample) -> None:
+        request_id, index = sample.request.key
+        samples = self._requests[request_id]
+        del samples[index]
+        if not samples:
+            del self._requests[request_id]
+        self._num_samples -= 1
+        if len(self._deadlines) > 2 * self._num_samples + 64:
+            self._deadlines.sweep(
+                (live.request.deadline, live.request.key)
+                for group in self._requests.values()
+                for live in group.values()
+                if live.request.deadline is not None
+            )
+
+
+def _follow(leader: Sample, followers: list[Sample]) -> None:
+    leader.followers = followers
+    for follower in followers:
+        follower.leader, follower.state = leader, State.FOLLOWING
+
+
+def _lead(samples: list[Sample]) -> Sample:
+    """Make the first of these samples, whose leader has ended, the leader of the others."""
+    leader, *followers = samples
+    leader.leader, leader.state = None, State.WAITING
+    _follow(leader, followers)
+    return leader

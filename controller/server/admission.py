@@ -1,0 +1,231 @@
+"""What is checked before a request goes further, and what it is turned into."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import uuid
+from dataclasses import dataclass
+
+import msgspec
+
+from phalanx.controller.model import ServedModel
+from phalanx.protos.errors import FieldViolation, InvalidArgument, ModelError
+from phalanx.protos.limits import (
+    MAX_CHAT_MESSAGES,
+    MAX_DETOKENIZE_IDS,
+    MAX_MESSAGE_BYTES,
+    MAX_REQUEST_ID_CHARS,
+    MAX_TEXT_BYTES,
+    SEED_RANGE,
+)
+from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.v1 import serving_pb2, types_pb2
+
+from .chat import ChatTemplate
+from .convert import check_params, read_params, unknown_fields
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHOWN_IDS = 8
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:\-]{{1,{MAX_REQUEST_ID_CHARS}}}")
+
+Violations = list[FieldViolation]
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may go to the engine; `params.seed` is drawn."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class Admission:
+    """Checks requests against one model. Every violation is listed, not only the first.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model, self._tokenizer = model, model.tokenizer
+        self._vocab_size = model.spec.vocab_size
+        self._template = (
+            None
+            if model.chat_template is None
+            else ChatTemplate(model.chat_template, model.special_tokens)
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can succeed."""
+        return self._template is not None
+
+    def generate(self, request: serving_pb2.GenerateRequest) -> Admitted:
+        """Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        prompt = self._prompt(request, violations)
+        field = "text" if request.WhichOneof("prompt") == "text" else "token_ids"
+        return self._admit(request.request_id, prompt, field, request.params, violations)
+
+    def chat(self, request: serving_pb2.ChatRequest) -> Admitted:
+        """Raises `InvalidArgument`, or `ModelError` for a model without a chat template."""
+        violations = unknown_fields(request)
+        prompt = self._conversation(list(request.messages), violations)
+        return self._admit(request.request_id, prompt, "messages", request.params, violations)
+
+    def tokenize(self, request: serving_pb2.TokenizeRequest) -> list[int]:
+        """Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        _check_size("text", request.text, violations)
+        _refuse(violations)
+        return self._encode(request.text, special=request.add_special_tokens)
+
+    def detokenize(self, request: serving_pb2.DetokenizeRequest) -> str:
+        """Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        if len(request.token_ids) > MAX_DETOKENIZE_IDS:
+            text = f"{len(request.token_ids)} entries, at most {MAX_DETOKENIZE_IDS} allowed"
+            violations.append(FieldViolation("token_ids", text))
+        else:
+            self._check_ids("token_ids", list(request.token_ids), violations)
+        _refuse(violations)
+        text = self._tokenizer.decode(
+            list(request.token_ids), skip_special_tokens=request.skip_special_tokens
+        )
+        room = MAX_MESSAGE_BYTES - 1024
+        if len(text.encode()) > room:
+            raise InvalidArgument.of("token_ids", f"their text has over {room} bytes")
+        return str(text)
+
+    def abort(self, request: serving_pb2.AbortRequest) -> str:
+        """The id to abort. Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        if not request.request_id:
+            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
+        self._request_id(request.request_id, violations)
+        _refuse(violations)
+        return request.request_id
+
+    def _prompt(self, request: serving_pb2.GenerateRequest, violations: Violations) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                if not request.text:
+                    violations.append(FieldViolation("text", "is empty, a text is allowed"))
+                if not _check_size("text", request.text, violations):
+                    return []
+                return self._encode(request.text, special=True)
+            case "token_ids":
+                ids = list(request.token_ids.ids)
+                if not ids:
+                    violations.append(
+                        FieldViolation("token_ids", "is empty, token ids are allowed")
+                    )
+                # the length is checked first: it bounds the work
+                if len(ids) < self._model.max_context:
+                    self._check_ids("token_ids.ids", ids, violations)
+                return ids
+        violations.append(FieldViolation("prompt", "is missing, one of text, token_ids is needed"))
+        return []
+
+    def _conversation(
+        self, messages: list[types_pb2.ChatMessage], violations: Violations
+    ) -> list[int]:
+        if self._template is None:
+            raise ModelError(
+                f"model {self._model.name} has no chat template; Generate takes its text"
+            )
+        known = len(violations)
+        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+            allowed = f"1 to {MAX_CHAT_MESSAGES} allowed"
+            violations.append(FieldViolation("messages", f"{len(messages)} entries, {allowed}"))
+            return []
+        for index, message in enumerate(messages):
+            field = f"messages[{index}]"
+            if message.role not in ROLES:
+                text = f"{message.role!r:.40} is not one of {', '.join(ROLES)}"
+                violations.append(FieldViolation(f"{field}.role", text))
+            if not message.content and message.role != "assistant":
+                text = "is empty, a text is allowed; only an assistant's may be empty"
+                violations.append(FieldViolation(f"{field}.content", text))
+        _check_size("messages", "".join(item.content for item in messages), violations)
+        if len(violations) > known:
+            return []
+        plain = [{"role": item.role, "content": item.content} for item in messages]
+        try:
+            # the template writes the special tokens itself
+            return self._encode(self._template.render(plain), special=False)
+        except InvalidArgument as error:
+            violations += error.violations
+            return []
+
+    def _admit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        field: str,
+        message: types_pb2.SamplingParams,
+        violations: Violations,
+    ) -> Admitted:
+        self._request_id(request_id, violations)
+        params = read_params(message, self._encode, violations)
+        check_params(params, self._vocab_size, violations)
+        self._check_room(prompt, field, params, violations)
+        _refuse(violations)
+        if not message.HasField("seed"):
+            seed = secrets.randbelow(SEED_RANGE[1] + 1)
+            params = msgspec.structs.replace(params, seed=seed)
+        return Admitted(request_id or uuid.uuid4().hex, prompt, params)
+
+    def _check_room(
+        self, prompt: list[int], field: str, params: SamplingParams, violations: Violations
+    ) -> None:
+        limit, size = self._model.max_context, len(prompt)
+        if not size:
+            if not violations:
+                violations.append(FieldViolation(field, "has no tokens, at least one is needed"))
+            return
+        if size >= limit:
+            text = f"{size} tokens, at most {limit - 1} allowed (max_context is {limit})"
+            violations.append(FieldViolation(field, text))
+            return
+        for name in ("max_tokens", "min_tokens"):
+            asked = getattr(params, name)
+            if size + asked > limit:
+                text = (
+                    f"{asked} tokens after a prompt of {size}, at most {limit - size} allowed "
+                    f"(max_context is {limit})"
+                )
+                violations.append(FieldViolation(f"params.{name}", text))
+
+    def _request_id(self, request_id: str, violations: Violations) -> None:
+        if request_id and not _REQUEST_ID.fullmatch(request_id):
+            text = (
+                f"{request_id!r:.60} is not 1 to {MAX_REQUEST_ID_CHARS} letters, digits and . _ : -"
+            )
+            violations.append(FieldViolation("request_id", text))
+
+    def _check_ids(self, field: str, ids: list[int], violations: Violations) -> None:
+        wrong = [(at, token) for at, token in enumerate(ids) if token >= self._vocab_size]
+        for at, token in wrong[:SHOWN_IDS]:
+            text = f"{token} is not a token id in [0, {self._vocab_size})"
+            violations.append(FieldViolation(f"{field}[{at}]", text))
+        if len(wrong) > SHOWN_IDS:
+            text = f"{len(wrong) - SHOWN_IDS} more entries are not token ids"
+            violations.append(FieldViolation(field, text))
+
+    def _encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+
+def _check_size(field: str, text: str, violations: Violations) -> bool:
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
+        text = f"{size} bytes, at most {MAX_TEXT_BYTES} allowed"
+        violations.append(FieldViolation(field, text))
+    return size <= MAX_TEXT_BYTES
+
+
+def _refuse(violations: Violations) -> None:
+    if violations:
+        raise InvalidArgument(violations)

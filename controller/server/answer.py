@@ -1,0 +1,262 @@
+"""One request's answer: token events in, messages of any size out.
+
+The texts, stops and counts are a pure function of the tokens; how events are cut into batches and
+batches into messages changes none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from phalanx.controller.scheduling.request import FinishReason, TokenEvent
+from phalanx.protos.errors import (
+    DeadlineExceeded,
+    RequestFailed,
+    ResourceExhausted,
+)
+from phalanx.protos.limits import MAX_UNREAD_BYTES
+from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.steps import PromptLogprobs, SampledToken, TokenLogprob
+from phalanx.protos.v1 import serving_pb2, types_pb2
+
+from .tokens import SampleText, TokenTexts
+
+MESSAGE_BYTES = 1024 * 1024
+TOKEN_BYTES = 16
+SLOW_RETRY_S = 1.0
+
+_REASONS = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
+}
+Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What one token, or the end, adds to a sample."""
+
+    sample: int
+    first: int
+    token_id: int | None
+    text: str
+    position: types_pb2.PositionLogprobs | None = None
+    finish: FinishReason | None = None
+    stop_reason: str = ""
+
+    def size(self) -> int:
+        """About how many bytes it takes in a message."""
+        scored = self.position.ByteSize() if self.position is not None else 0
+        return TOKEN_BYTES + len(self.text.encode()) + scored
+
+
+class Answer:
+    """Events are folded in as they come; `take` gives what has not been sent, in few messages."""
+
+    def __init__(
+        self,
+        texts: TokenTexts,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        stop_sample: Callable[[int], None],
+    ) -> None:
+        self._texts, self._params, self._prompt = texts, params, prompt_token_ids
+        self._stop_sample = stop_sample
+        self._samples = [
+            SampleText(
+                texts.stream(params.skip_special_tokens),
+                params.stop,
+                include=params.include_stop,
+                min_tokens=params.min_tokens,
+            )
+            for _ in range(params.n)
+        ]
+        self._reasons: list[FinishReason | None] = [None] * params.n
+        self._pieces: deque[_Piece] = deque()
+        self._unread = 0
+        self._scores: deque[types_pb2.PositionLogprobs] = deque()
+        self._scored = 0
+        if params.prompt_logprobs is not None:
+            self._scores.append(types_pb2.PositionLogprobs())  # nothing comes before the first
+            self._scored = 1
+        self._cached = 0
+        self._first = True
+        self._news = asyncio.Event()
+        self.error: Exception | None = None
+        """Why the answer ends without its samples having finished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has come to its end."""
+        return all(self._reasons)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will be folded in."""
+        return self.finished or self.error is not None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all samples so far."""
+        return sum(sample.count for sample in self._samples)
+
+    @property
+    def outcome(self) -> str:
+        """How the first sample ended."""
+        reason = self._reasons[0]
+        return reason.value if reason else "error"
+
+    def fail(self, error: Exception) -> None:
+        """The answer ends here; what was folded in before is still to be sent."""
+        if not self.over:
+            self.error = error
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Return when there is something to take, or the answer is over."""
+        await self._news.wait()
+        self._news.clear()
+
+    def fold(self, events: Iterable[TokenEvent]) -> None:
+        """Take in a batch of events. Raises what an event carries as its error."""
+        for event in events:
+            if event.sample_index == 0:
+                self._cached = max(self._cached, event.cached_prompt_tokens)
+                if event.prompt_logprobs is not None:
+                    self._score_prompt(event.prompt_logprobs)
+            if self._reasons[event.sample_index] is None:
+                self._fold(event)
+        if self._pieces or self.over:
+            self._news.set()
+        if self._unread > MAX_UNREAD_BYTES:
+            raise ResourceExhausted(
+                f"{self._unread} bytes of the answer wait to be read, at most {MAX_UNREAD_BYTES} "
+                "may",
+                SLOW_RETRY_S,
+            )
+
+    def _fold(self, event: TokenEvent) -> None:
+        sample = self._samples[event.sample_index]
+        if event.tokens and event.sample_index == 0 and 0 < self._scored < len(self._prompt):
+            raise RequestFailed(f"scores of prompt tokens from {self._scored} on are missing")
+        if event.first_index > sample.count:
+            raise RequestFailed(f"tokens {sample.count} to {event.first_index - 1} are missing")
+        new = event.tokens[sample.count - event.first_index :]
+        for place, token in enumerate(new):
+            ends = event.stop_token is not None and place == len(new) - 1
+            self._add_token(event.sample_index, token, ends)
+            if sample.stopped is not None:
+                self._stop_sample(event.sample_index)
+                self._end(event.sample_index, FinishReason.STOP, "", sample.stopped)
+                return
+        match event.finish:
+            case None:
+                return
+            case FinishReason.DEADLINE:
+                raise DeadlineExceeded(f"the deadline passed after {self.completion_tokens} tokens")
+            case FinishReason.ERROR:
+                raise event.error or RequestFailed("the request failed")
+        text, reason = sample.finish(), event.finish
+        named = "" if event.stop_token is None else str(event.stop_token)
+        if sample.stopped is not None:  # the stop string was in what the end made certain
+            reason, named = FinishReason.STOP, sample.stopped
+        self._end(event.sample_index, reason, text, named)
+
+    def _add_token(self, index: int, token: SampledToken, ends: bool) -> None:
+        sample = self._samples[index]
+        first = sample.count
+        if ends and not self._params.include_stop:
+            sample.skip()
+            text = ""
+        else:
+            text = sample.push(token.token_id)
+        position = None
+        if token.logprob is not None:
+            position = self._position(token.logprob, token.top)
+        self._add(_Piece(index, first, token.token_id, text, position))
+
+    def _end(self, index: int, reason: FinishReason, text: str, stop_reason: str) -> None:
+        self._reasons[index] = reason
+        count = self._samples[index].count
+        self._add(_Piece(index, count, None, text, finish=reason, stop_reason=stop_reason))
+
+    def _add(self, piece: _Piece) -> None:
+        self._pieces.append(piece)
+        self._unread += piece.size()
+
+    def _score_prompt(self, run: PromptLogprobs) -> None:
+        """Take in a run of scored prompt tokens; repeated ones are the same as before."""
+        if run.start > self._scored:
+            raise RequestFailed(f"scores of prompt tokens before {run.start} are missing")
+        done = self._scored - run.start
+        for token, top in zip(run.tokens[done:], run.top[done:], strict=True):
+            self._scores.append(self._position(token, top))
+            self._scored += 1
+
+    def _position(
+        self, token: TokenLogprob, top: Iterable[TokenLogprob]
+    ) -> types_pb2.PositionLogprobs:
+        return types_pb2.PositionLogprobs(
+            token=self._logprob(token), top=[self._logprob(item) for item in top]
+        )
+
+    def _logprob(self, item: TokenLogprob) -> types_pb2.TokenLogprob:
+        return types_pb2.TokenLogprob(
+            token_id=item.token_id,
+            text=self._texts.alone(item.token_id),
+            logprob=item.logprob,
+            rank=item.rank,
+        )
+
+    def take(self, kind: type[Response], request_id: str) -> Response | None:
+        """A message with all that waits, up to about `MESSAGE_BYTES`; None when nothing does."""
+        if not self._pieces:
+            return None
+        message = kind(request_id=request_id)
+        if self._first:
+            message.seed, self._first = self._params.seed, False
+        room = MESSAGE_BYTES
+        while self._scores and room > 0:
+            room -= self._scores[0].ByteSize() + 4
+            message.prompt_logprobs.append(self._scores.popleft())
+        deltas: dict[int, types_pb2.SampleDelta] = {}
+        texts: dict[int, list[str]] = {}
+        while self._pieces and not self._scores and room > 0:
+            piece = self._pieces.popleft()
+            size = piece.size()
+            self._unread -= size
+            room -= size
+            if piece.sample not in deltas:
+                deltas[piece.sample] = message.samples.add(
+                    index=piece.sample, first_token_index=piece.first
+                )
+                texts[piece.sample] = []
+            _extend(deltas[piece.sample], piece)
+            texts[piece.sample].append(piece.text)
+        for index, delta in deltas.items():
+            delta.text = "".join(texts[index])
+        if self.finished and not self._pieces:
+            message.usage.CopyFrom(self.usage())
+        return message
+
+    def usage(self) -> types_pb2.Usage:
+        """The tokens counted so far."""
+        return types_pb2.Usage(
+            prompt_tokens=len(self._prompt),
+            completion_tokens=self.completion_tokens,
+            cached_prompt_tokens=self._cached,
+        )
+
+
+def _extend(delta: types_pb2.SampleDelta, piece: _Piece) -> None:
+    if piece.token_id is not None:
+        delta.token_ids.append(piece.token_id)
+    if piece.position is not None:
+        delta.logprobs.append(piece.position)
+    if piece.finish is not None:
+        delta.finish_reason = _REASONS[piece.finish]
+        delta.stop_reason = piece.stop_reason

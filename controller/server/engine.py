@@ -1,0 +1,61 @@
+"""What the gRPC front asks of the engine behind it, and whom it tells what happens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from phalanx.controller.cluster.snapshot import ClusterSnapshot
+from phalanx.controller.scheduling.request import TokenEvent
+from phalanx.protos.sampling import SamplingParams
+
+
+class Engine(Protocol):
+    """Tokens in, tokens out. Every method belongs to one event loop."""
+
+    def submit(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        tenant: str,
+        deadline: float | None,
+    ) -> AsyncIterator[list[TokenEvent]]:
+        """The events of all samples, in batches as steps bring them, until each has finished.
+
+        deadline: in seconds of `time.monotonic()`. The first iteration admits the request and
+        raises `AlreadyExists`, `ResourceExhausted`, `Unavailable`, `InvalidArgument` or
+        `DeadlineExceeded` when it is refused. Closing the iterator frees all that the request
+        holds, at once.
+        """
+
+    def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
+        """This sample needs no more tokens (a stop string matched); it ends with ABORT."""
+
+    def abort(self, request_id: str, tenant: str) -> bool:
+        """End the tenant's request; its samples end with ABORT. False: it has no such request."""
+
+    def snapshot(self) -> ClusterSnapshot:
+        """The cluster as of the last step."""
+
+    async def wait_ready(self) -> None:
+        """Return once a canary token was produced. Raises what ended the cluster."""
+
+
+class Observer(Protocol):
+    """Told about every request. Called on the event loop; must be quick."""
+
+    def on_start(self, method: str) -> None:
+        """A request of this RPC ("Generate", "Chat") came in."""
+
+    def on_first_token(self, seconds: float) -> None:
+        """The first token left, `seconds` after the request came in."""
+
+    def on_tokens(self, count: int, gap_seconds: float) -> None:
+        """A further message left with `count` tokens, `gap_seconds` after the one before it."""
+
+    def on_end(
+        self, outcome: str, prompt_tokens: int, completion_tokens: int, seconds: float
+    ) -> None:
+        """A request ended with a finish reason or the name of a gRPC status, in lower case."""

@@ -1,0 +1,138 @@
+"""The gRPC server around the service: its address, its locks, its beginning and its end."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from phalanx.protos.errors import ConfigError
+from phalanx.protos.limits import (
+    MAX_CONCURRENT_CALLS,
+    MAX_CONCURRENT_STREAMS,
+    MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
+)
+from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+
+from .health import HealthService
+from .interceptors import Authentication, Containment
+from .security import DEFAULT_TENANT, TokenTable, check_exposure, server_credentials
+from .service import InferenceService
+
+SERVICE = serving_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+LAST_WORDS_S = 0.5
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error
+    ("grpc.keepalive_time_ms", 30_000),  # a caller that vanished is noticed, and its KV freed
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+class GrpcHost:
+    """Serves `service` on `host`:`port` (0 takes a free one).
+
+    With `token_file`, every call but health checks needs a bearer token, and its line names the
+    tenant; with `tls_client_ca` alone, the tenant is the common name of the caller's certificate.
+    Raises `ConfigError` for an address that other machines reach without both TLS and one of
+    these, unless `insecure`. Create and use it on one running event loop.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_client_ca: str | None = None,
+        token_file: str | None = None,
+        insecure: bool = False,
+        reflection: bool = False,
+    ) -> None:
+        self._service, self._host, self._port = service, host, port
+        self._credentials = server_credentials(tls_cert, tls_key, tls_client_ca)
+        self._tokens = None if token_file is None else TokenTable.read(token_file)
+        known = self._tokens is not None or tls_client_ca is not None
+        encrypted = self._credentials is not None
+        check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
+        service.identify = self._tenant
+        self._health = HealthService((SERVICE,))
+        self._server: Any = None
+        self._reflection = reflection
+        self.address = ""
+        """Where it listens, "host:port", once started."""
+
+    async def start(self) -> None:
+        """Bind and answer. Health says NOT_SERVING until `set_serving(True)`.
+
+        Raises `ConfigError` when the address cannot be bound.
+        """
+        interceptors: list[grpc.aio.ServerInterceptor] = [Containment()]
+        if self._tokens is not None:
+            interceptors.append(Authentication(self._tokens))
+        server = grpc.aio.server(
+            interceptors=interceptors,
+            options=OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        )
+        add: Any = serving_pb2_grpc.add_InferenceServiceServicer_to_server
+        add(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._reflection:
+            self._add_reflection(server)
+        self.address = self._bind(server)
+        await server.start()
+        self._server = server
+
+    def set_serving(self, serving: bool) -> None:
+        """What health checks are told. The calls themselves are not affected."""
+        self._health.set_serving(serving)
+
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """Say NOT_SERVING, refuse new requests, let running ones finish for `grace_s` seconds,
+        end the rest with UNAVAILABLE, and close the port."""
+        self._health.set_serving(False)
+        await self._service.drain(grace_s)
+        self._health.close()
+        if self._server is not None:
+            await self._server.stop(LAST_WORDS_S)
+        self._service.close()
+
+    def _bind(self, server: Any) -> str:
+        bare = self._host.strip("[]")
+        shown = f"[{bare}]" if ":" in bare else bare
+        wanted = f"{shown}:{self._port}"
+        port = 0
+        with contextlib.suppress(RuntimeError):
+            if self._credentials is None:
+                port = server.add_insecure_port(wanted)
+            else:
+                port = server.add_secure_port(wanted, self._credentials)
+        if port == 0:
+            raise ConfigError(
+                f"{wanted} cannot be bound: the port is taken or the host is not here"
+            )
+        return f"{shown}:{port}"
+
+    def _add_reflection(self, server: Any) -> None:
+        from grpc_reflection.v1alpha import reflection
+
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+
+    def _tenant(self, context: Any) -> str:
+        if self._tokens is not None:
+            return self._tokens.tenant(context.invocation_metadata() or ())
+        names = context.auth_context().get("x509_common_name", ())
+        return next((name.decode(errors="replace") for name in names), DEFAULT_TENANT)

@@ -1,0 +1,292 @@
+"""The inference service: messages in, tokens to and from the engine, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from phalanx.controller.model import ServedModel
+from phalanx.controller.scheduling.request import TokenEvent
+from phalanx.protos.errors import (
+    InvalidArgument,
+    NotFound,
+    PhalanxError,
+    RequestFailed,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.protos.limits import MAX_STALL_S
+from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+
+from .admission import Admission, Admitted
+from .answer import SLOW_RETRY_S, Answer, Response
+from .convert import cluster_state, unknown_fields
+from .engine import Engine, Observer
+from .security import DEFAULT_TENANT
+from .tokens import TokenTexts
+
+INLINE_BYTES = 4096
+THREADS = 2
+
+Value = TypeVar("Value")
+
+
+def _anyone(context: Any) -> str:
+    return DEFAULT_TENANT
+
+
+class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
+    """Serves one model. Belongs to one event loop; errors are raised as `PhalanxError`.
+
+    dtype: the number format in use, for `GetModelInfo`. Raises `ModelError` for a tokenizer
+    whose tokens cannot be turned into text one by one, or a broken chat template.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        observer: Observer,
+        *,
+        dtype: str,
+        max_stall_s: float = MAX_STALL_S,
+    ) -> None:
+        self._engine, self._model, self._observer = engine, model, observer
+        self._dtype, self._max_stall_s = dtype, max_stall_s
+        self._texts = TokenTexts(model.tokenizer)
+        self._admission = Admission(model)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
+        self._answers: set[Answer] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self.identify: Callable[[Any], str] = _anyone
+        """The tenant behind a call's context; the host sets it."""
+
+    # --- streams ---
+
+    async def Generate(self, request: serving_pb2.GenerateRequest, context: Any) -> None:
+        """Continue a prompt."""
+        await self._stream(
+            "Generate", request, context, self._admission.generate, serving_pb2.GenerateResponse
+        )
+
+    async def Chat(self, request: serving_pb2.ChatRequest, context: Any) -> None:
+        """Answer a conversation."""
+        await self._stream("Chat", request, context, self._admission.chat, serving_pb2.ChatResponse)
+
+    async def _stream(
+        self,
+        method: str,
+        request: Any,
+        context: Any,
+        admit: Callable[[Any], Admitted],
+        kind: type[Response],
+    ) -> None:
+        """One request from its arrival to its end, and its entry in the books."""
+        call = _Call(self._observer, context)
+        self._observer.on_start(method)
+        try:
+            self._check_open()
+            admitted = await self._run(request, admit)
+            self._check_open()
+            call.prompt_tokens = len(admitted.prompt_token_ids)
+            await self._answer(admitted, context, call, kind)
+        except PhalanxError as error:
+            call.outcome = error.status.lower()
+            raise
+        except asyncio.CancelledError:
+            call.outcome = "deadline_exceeded" if call.late else "cancelled"
+            raise
+        finally:
+            call.end()
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is shutting down")
+
+    async def _answer(
+        self, admitted: Admitted, context: Any, call: _Call, kind: type[Response]
+    ) -> None:
+        tenant = self.identify(context)
+        answer = Answer(
+            self._texts,
+            admitted.params,
+            admitted.prompt_token_ids,
+            lambda index: self._engine.stop_sample(admitted.request_id, index, tenant),
+        )
+        call.answer = answer
+        events = self._engine.submit(
+            request_id=admitted.request_id,
+            prompt_token_ids=admitted.prompt_token_ids,
+            params=admitted.params,
+            tenant=tenant,
+            deadline=call.deadline,
+        )
+        self._answers.add(answer)
+        self._idle.clear()
+        reading = asyncio.create_task(_read(events, answer))
+        try:
+            await self._write(answer, context, call, kind, admitted.request_id)
+        finally:
+            # ends the request in the engine at once, whatever ended it here
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            self._answers.discard(answer)
+            if not self._answers:
+                self._idle.set()
+        if answer.error is not None:
+            raise answer.error
+        call.outcome = answer.outcome
+
+    async def _write(
+        self, answer: Answer, context: Any, call: _Call, kind: type[Response], request_id: str
+    ) -> None:
+        """Send what there is until the answer is over. What comes in meanwhile is sent together."""
+        while True:
+            over = answer.over
+            while (message := answer.take(kind, request_id)) is not None:
+                try:
+                    async with asyncio.timeout(self._max_stall_s):
+                        await context.write(message)
+                except TimeoutError:
+                    text = f"a message was not read for {self._max_stall_s:g} s"
+                    raise ResourceExhausted(text, SLOW_RETRY_S) from None
+                call.sent(message)
+            if over:
+                return
+            if not answer.over:
+                await answer.wait()
+
+    # --- single answers ---
+
+    async def Tokenize(
+        self, request: serving_pb2.TokenizeRequest, context: Any
+    ) -> serving_pb2.TokenizeResponse:
+        """The tokens of a text."""
+        ids = await self._run(request, self._admission.tokenize)
+        return serving_pb2.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self, request: serving_pb2.DetokenizeRequest, context: Any
+    ) -> serving_pb2.DetokenizeResponse:
+        """The text of tokens."""
+        text = await self._run(request, self._admission.detokenize)
+        return serving_pb2.DetokenizeResponse(text=text)
+
+    async def Abort(
+        self, request: serving_pb2.AbortRequest, context: Any
+    ) -> serving_pb2.AbortResponse:
+        """End the caller's own request."""
+        request_id = self._admission.abort(request)
+        if not self._engine.abort(request_id, self.identify(context)):
+            raise NotFound(f"request_id {request_id!r}: no such request is running")
+        return serving_pb2.AbortResponse()
+
+    async def GetModelInfo(
+        self, request: serving_pb2.GetModelInfoRequest, context: Any
+    ) -> serving_pb2.GetModelInfoResponse:
+        """What is served."""
+        _refuse_unknown(request)
+        model = self._model
+        return serving_pb2.GetModelInfoResponse(
+            name=model.name,
+            family=model.spec.family,
+            vocab_size=model.spec.vocab_size,
+            max_context=model.max_context,
+            dtype=self._dtype,
+            eos_token_ids=model.eos_token_ids,
+            has_chat_template=self._admission.has_chat_template,
+            server_version=importlib.metadata.version("phalanx"),
+        )
+
+    async def GetClusterState(
+        self, request: serving_pb2.GetClusterStateRequest, context: Any
+    ) -> serving_pb2.GetClusterStateResponse:
+        """The replicas as of the last step."""
+        _refuse_unknown(request)
+        return cluster_state(self._engine.snapshot())
+
+    async def _run(self, request: Any, work: Callable[[Any], Value]) -> Value:
+        """Large requests are tokenised on a thread, so that streams go on meanwhile."""
+        if request.ByteSize() <= INLINE_BYTES:
+            return work(request)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, work, request)
+
+    # --- the end ---
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, wait for running ones, end those that outlast `grace_s` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            for answer in list(self._answers):
+                answer.fail(Unavailable("the server is shutting down"))
+
+    def close(self) -> None:
+        """Release the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Call:
+    """The books of one call; times are of the monotonic clock."""
+
+    def __init__(self, observer: Observer, context: Any) -> None:
+        self._observer = observer
+        self._began = self._last = time.monotonic()
+        self._any = False
+        left = context.time_remaining()
+        self.deadline = None if left is None else self._began + left
+        self.prompt_tokens = 0
+        self.answer: Answer | None = None
+        self.outcome = "error"
+
+    @property
+    def late(self) -> bool:
+        """Whether the caller's deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def sent(self, message: Response) -> None:
+        """A message left."""
+        count = sum(len(sample.token_ids) for sample in message.samples)
+        if not count:
+            return
+        now = time.monotonic()
+        if self._any:
+            self._observer.on_tokens(count, now - self._last)
+        else:
+            self._observer.on_first_token(now - self._began)
+        self._any, self._last = True, now
+
+    def end(self) -> None:
+        """The call is over."""
+        tokens = self.answer.completion_tokens if self.answer is not None else 0
+        seconds = time.monotonic() - self._began
+        self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
+
+
+async def _read(events: AsyncIterator[list[TokenEvent]], answer: Answer) -> None:
+    """Fold in the engine's events until the answer is over; then, or when cancelled, close."""
+    try:
+        async for batch in events:
+            answer.fold(batch)
+            if answer.over:
+                return
+        answer.fail(RequestFailed("the engine ended the request early"))
+    except Exception as error:  # noqa: BLE001  handed to the call, which raises it
+        answer.fail(error)
+    finally:
+        if close := getattr(events, "aclose", None):
+            await close()
+
+
+def _refuse_unknown(request: Any) -> None:
+    if violations := unknown_fields(request):
+        raise InvalidArgument(violations)

@@ -1,0 +1,123 @@
+"""One accepted request, with all that is needed to go on with it on any replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from phalanx.protos.errors import PhalanxError
+from phalanx.protos.sampling import SamplingParams
+
+from .scheduling.request import FinishReason, Request, TokenEvent
+
+CLEARED_AFTER_TOKENS = 8
+
+
+class Stream:
+    """What has come for a request and was not yet fetched, and the tokens so far.
+
+    Generation is a pure function of prompt, parameters, seed and the tokens so far. `requests`
+    therefore makes a continuation that any replica can run, with the very tokens that the lost
+    one would have given.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        tenant: str,
+        arrival: float,
+        deadline: float | None,
+    ) -> None:
+        self._number, self._attempt = number, 0
+        self._prompt, self._params, self._tenant = list(prompt_token_ids), params, tenant
+        self._arrival, self.deadline = arrival, deadline
+        self._outputs: dict[int, list[int]] = {index: [] for index in range(params.n)}
+        self._events: list[TokenEvent] = []
+        self._news = asyncio.Event()
+        self.samples = params.n
+        self.replica: int | None = None
+        """Where it runs; None while it has no replica."""
+        self.losses = 0
+        """Groups of ranks that died while they computed it, since it was last seen to be harmless."""
+        self._since_placed = 0
+
+    @property
+    def name(self) -> str:
+        """The id that replicas know it by; another one for each attempt, so that late events of
+        a lost replica are nobody's."""
+        return f"{self._number}.{self._attempt}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has had its last event."""
+        return not self._outputs
+
+    @property
+    def started(self) -> bool:
+        """Whether it was ever given to a replica."""
+        return self._attempt > 0
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens that it may still cost: prompt and allowed output of the open samples."""
+        return len(self._prompt) + len(self._outputs) * self._params.max_tokens
+
+    def requests(self) -> list[Request]:
+        """The open samples, from where they stand, as a new attempt."""
+        self._attempt += 1
+        self._since_placed = 0
+        return [
+            Request(
+                request_id=self.name,
+                sample_index=index,
+                prompt_token_ids=self._prompt,
+                params=self._params,
+                tenant=self._tenant,
+                arrival=self._arrival,
+                deadline=self.deadline,
+                output_token_ids=list(tokens),
+            )
+            for index, tokens in self._outputs.items()
+        ]
+
+    def push(self, event: TokenEvent) -> None:
+        """An event of the current attempt came."""
+        tokens = self._outputs.get(event.sample_index)
+        if tokens is None:
+            return
+        tokens += [token.token_id for token in event.tokens]
+        self._since_placed += len(event.tokens)
+        if self._since_placed >= CLEARED_AFTER_TOKENS:
+            self.losses = 0
+        if event.finish is not None:
+            del self._outputs[event.sample_index]
+        self._events.append(event)
+        self._news.set()
+
+    def end(
+        self,
+        finish: FinishReason,
+        sample_index: int | None = None,
+        error: PhalanxError | None = None,
+    ) -> None:
+        """End the open samples, or one of them, from here rather than from a replica."""
+        for index, tokens in list(self._outputs.items()):
+            if sample_index in (None, index):
+                self.push(
+                    TokenEvent(
+                        request_id=self.name,
+                        sample_index=index,
+                        first_index=len(tokens),
+                        finish=finish,
+                        error=error,
+                    )
+                )
+
+    async def take(self) -> list[TokenEvent]:
+        """All that came since the last call, at least one event."""
+        await self._news.wait()
+        self._news.clear()
+        events, self._events = self._events, []
+        return events

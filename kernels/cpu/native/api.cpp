@@ -1,0 +1,240 @@
+// The C interface, called by ctypes: pointers and numbers only. Functions that return a pointer
+// return null on failure; the caller has checked shapes and types.
+#include <new>
+
+#include "backend.h"
+#include "decoder.h"
+#include "dispatch.h"
+
+using namespace phalanx;
+
+#define PHX_EXPORT extern "C" __attribute__((visibility("default")))
+
+using Turn = std::lock_guard<std::mutex>;
+
+constexpr int64_t kWorthSharing = 64 << 10;  // bytes that one thread reads in some microseconds
+
+// body(row) for each row of `size` numbers.
+template <class Body>
+static void for_rows(Backend* b, int64_t rows, int64_t size, Body body) {
+    int64_t grain = most(1, kWorthSharing / 4 / most(size, 1));
+    b->pool.run([&](Team& team) {
+        team.split(rows, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) body(row);
+        });
+    }, rows <= grain);
+}
+
+PHX_EXPORT Backend* phx_open(const char* isa_name, int threads) {
+    const Isa* isa = find_isa(isa_name);
+    return isa ? new (std::nothrow) Backend(isa, threads) : nullptr;
+}
+
+PHX_EXPORT void phx_close(Backend* backend) { delete backend; }
+
+PHX_EXPORT const char* phx_isa(Backend* backend) { return backend->isa->name; }
+
+static Matrix* new_matrix(Backend* b, int64_t out, int64_t in, int32_t type, int64_t per_word) {
+    auto* m = (Matrix*)b->arena.take(sizeof(Matrix));
+    *m = {out, in, (in + per_word - 1) / per_word, (out + kPanel - 1) / kPanel, type,
+          nullptr, nullptr, nullptr, nullptr};
+    m->data = (uint32_t*)b->arena.take(m->panels * m->units * kPanel * 4);
+    m->bias = (float*)b->arena.take(m->panels * kPanel * 4);
+    return m;
+}
+
+// The 32-bit word of inputs [unit * per_word, ...) of one output; absent inputs are zeros.
+static uint32_t word_of(const char* row, int64_t in, int64_t unit, int64_t per_word) {
+    int64_t bytes = 4 / per_word, first = unit * per_word;
+    uint32_t word = 0;
+    std::memcpy(&word, row + first * bytes, bytes * least(per_word, in - first));
+    return word;
+}
+
+static void pack_rows(Matrix* m, const char* weight, int64_t row_bytes, int64_t per_word,
+                      int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+        uint32_t* panel = m->data + p * m->units * kPanel;
+        int64_t count = least(kPanel, m->out - p * kPanel);
+        for (int64_t u = 0; u < m->units; u++) {
+            for (int64_t i = 0; i < count; i++) {
+                const char* row = weight + (p * kPanel + i) * row_bytes;
+                panel[u * kPanel + i] = word_of(row, m->in, u, per_word);
+            }
+        }
+    }
+}
+
+// weight [out, in] of floats or bfloat16, row by row; bias [out] floats or null.
+PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_t out, int64_t in,
+                            const float* bias) {
+    Turn turn(b->busy);
+    int64_t per_word = type == kFloat ? 1 : 2;
+    Matrix* m = new_matrix(b, out, in, type, per_word);
+    if (bias) std::memcpy(m->bias, bias, out * 4);
+    b->pool.run([&](Team& team) {
+        team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
+            pack_rows(m, (const char*)weight, in * type_bytes(type), per_word, begin, end);
+        });
+    });
+    return m;
+}
+
+// weight [out, in] of int8, scales [out]: weight_float = scale * int8.
+PHX_EXPORT Matrix* phx_pack_int8(Backend* b, const int8_t* weight, const float* scales,
+                                 int64_t out, int64_t in, const float* bias) {
+    Turn turn(b->busy);
+    Matrix* m = new_matrix(b, out, in, kInt8, 4);
+    m->scales = (float*)b->arena.take(m->panels * kPanel * 4);
+    m->sums = (int32_t*)b->arena.take(m->panels * kPanel * 4);
+    std::memcpy(m->scales, scales, out * 4);
+    if (bias) std::memcpy(m->bias, bias, out * 4);
+    for (int64_t o = 0; o < out; o++) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < in; i++) sum += weight[o * in + i];
+        m->sums[o] = 128 * sum;
+    }
+    b->pool.run([&](Team& team) {
+        team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
+            pack_rows(m, (const char*)weight, in, 4, begin, end);
+        });
+    });
+    return m;
+}
+
+// Rows `ids` of a packed matrix, as they were: an embedding table that is also the output head
+// is kept once. out [count, in] in the matrix's type.
+PHX_EXPORT void phx_unpack_rows(const Matrix* m, const int64_t* ids, int64_t count, void* out) {
+    int64_t per_word = m->type == kFloat ? 1 : 2, bytes = 4 / per_word;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t* column = m->data + ids[i] / kPanel * m->units * kPanel + ids[i] % kPanel;
+        char* row = (char*)out + i * m->in * bytes;
+        for (int64_t u = 0; u < m->units; u++) {
+            int64_t first = u * per_word;
+            std::memcpy(row + first * bytes, column + u * kPanel,
+                        bytes * least(per_word, m->in - first));
+        }
+    }
+}
+
+// bfloat16 rows of odd length end in half a word: copied, with a zero behind them.
+static const void* even_rows(Backend* b, const void* x, int64_t rows, int64_t in) {
+    char* copy = (char*)b->rows.get(rows * (in + 1) * 2);
+    for (int64_t row = 0; row < rows; row++) {
+        std::memcpy(copy + row * (in + 1) * 2, (const char*)x + row * in * 2, in * 2);
+        std::memset(copy + (row * (in + 1) + in) * 2, 0, 2);
+    }
+    return copy;
+}
+
+// out [rows, matrix.out] = x [rows, in] @ weight.T + bias, both contiguous.
+PHX_EXPORT void phx_matmul(Backend* b, const Matrix* m, const void* x, int64_t rows, void* out,
+                           int32_t out_type) {
+    Turn turn(b->busy);
+    int64_t stride = m->in;
+    if (m->type == kBf16 && m->in % 2) {
+        x = even_rows(b, x, rows, m->in);
+        stride++;
+    }
+    bool is_small = m->panels * m->units * kPanel * 4 < kWorthSharing;
+    b->pool.run([&](Team& team) {
+        multiply(*b, team, *m, x, stride, rows, out, m->out, out_type);
+    }, is_small);
+}
+
+PHX_EXPORT void phx_matmul_int8(Backend* b, const Matrix* m, const void* x, int32_t x_type,
+                                int64_t rows, void* out, int32_t out_type) {
+    Turn turn(b->busy);
+    int64_t padded = m->units * 4;
+    auto* bytes = (uint8_t*)b->rows.get(rows * padded);
+    auto* scales = (float*)b->ints.get(rows * 4);
+    b->pool.run([&](Team& team) {
+        team.split(rows, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                const char* from = (const char*)x + row * m->in * type_bytes(x_type);
+                scales[row] = b->isa->quantize(from, x_type, m->in, padded, bytes + row * padded);
+            }
+        });
+        team.split(m->panels, 1, [&](int64_t begin, int64_t end) {
+            b->isa->matmul_int8(*m, bytes, padded, scales, rows, out, m->out, out_type, begin, end);
+        });
+    });
+}
+
+PHX_EXPORT void phx_rms_norm(Backend* b, const void* delta, void* residual, const void* weight,
+                             int32_t type, float offset, float eps, int64_t rows, int64_t size,
+                             void* out) {
+    Turn turn(b->busy);
+    for_rows(b, rows, size, [&](int64_t row) {
+        int64_t at = row * size * type_bytes(type);
+        const void* added = delta ? (const char*)delta + at : nullptr;
+        b->isa->rms_norm(added, type, (char*)residual + at, type, weight, type, offset, eps,
+                         size, (char*)out + at, type);
+    });
+}
+
+PHX_EXPORT void phx_silu_mul(Backend* b, const void* gate_up, int32_t type, int64_t rows,
+                             int64_t size, void* out) {
+    Turn turn(b->busy);
+    int64_t bytes = size * type_bytes(type);
+    for_rows(b, rows, size, [&](int64_t row) {
+        const char* gate = (const char*)gate_up + row * 2 * bytes;
+        b->isa->silu_mul(gate, gate + bytes, type, size, (char*)out + row * bytes, type);
+    });
+}
+
+// heads [rows, count, dim], `stride` elements between rows -> out, contiguous.
+PHX_EXPORT void phx_rope(Backend* b, const void* heads, int64_t stride, const void* cos,
+                         const void* sin, int32_t type, int64_t rows, int64_t count, int64_t half,
+                         int64_t dim, void* out) {
+    Turn turn(b->busy);
+    int64_t bytes = type_bytes(type);
+    for_rows(b, rows * count, dim, [&](int64_t i) {
+        int64_t row = i / count, angle = row * half * bytes;
+        const char* in = (const char*)heads + (row * stride + i % count * dim) * bytes;
+        b->isa->rope(in, type, (const char*)cos + angle, (const char*)sin + angle, type, half,
+                     dim, (char*)out + i * dim * bytes, type);
+    });
+}
+
+// key or value [rows, kv_heads, dim], `stride` elements between rows, into the pool's slots.
+PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_t type, void* pool,
+                          int32_t pool_type, int64_t head_stride, const int64_t* slots,
+                          int64_t rows, int64_t kv_heads, int64_t dim) {
+    Turn turn(b->busy);
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t head = 0; head < kv_heads; head++) {
+            const char* in = (const char*)source + (row * stride + head * dim) * type_bytes(type);
+            int64_t at = head * head_stride + slots[row] * dim;
+            char* out = (char*)pool + at * type_bytes(pool_type);
+            b->isa->convert(in, type, dim, out, pool_type);
+        }
+    }
+}
+
+PHX_EXPORT void phx_attention(Backend* b, const Attention* call, const Spans* spans) {
+    Turn turn(b->busy);
+    plan_units(*call, *spans, b->units);
+    b->pool.run([&](Team& team) { attend(*b, team, *call, *spans); });
+}
+
+// out[row] = the first largest of x [rows, size].
+PHX_EXPORT void phx_argmax(Backend* b, const float* x, int64_t rows, int64_t size, int64_t* out) {
+    Turn turn(b->busy);
+    for_rows(b, rows, size, [&](int64_t row) {
+        out[row] = b->isa->argmax(x + row * size, size);
+    });
+}
+
+
+// Bytes that a step of so many tokens needs at step->memory.
+PHX_EXPORT int64_t phx_stack_bytes(const Stack* stack, int64_t tokens) {
+    return stack_bytes(*stack, tokens);
+}
+
+// See decoder.h. segment may be null.
+PHX_EXPORT int64_t phx_run_stack(Backend* b, const Stack* stack, const Step* step,
+                                 const Segment* segment, int64_t first, int64_t last) {
+    Turn turn(b->busy);
+    return run_stack(*b, *stack, *step, segment, first, last);
+}

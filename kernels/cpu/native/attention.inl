@@ -1,0 +1,371 @@
+// Attention over pages, read in place. Included once per instruction set.
+//
+// A unit is one kv head of one sequence and up to 48 query rows: some tokens, each with the query
+// heads that share the kv head, so that a key is read once for all of them. The keys come in
+// tiles of 64 absolute positions:
+//
+//   1. the tile's keys, wherever their pages are, are transposed into two panels of 32 keys;
+//   2. scores = queries x panels, by the same loop as the linear layers ("outputs" are keys);
+//   3. scale, softcap, ALiBi, mask; then online softmax (Milakov and Gimelshein 2018): the
+//      running maximum moves, what was summed under the old one is scaled down;
+//   4. values become panels of 32 dimensions, sums += weights x values, the same loop. Where all
+//      is bfloat16, the weights are rounded to it, so that pairs of keys are multiplied at once.
+//
+// Each query row runs through tiles that begin at multiples of 64 and partitions that begin at
+// multiples of 512, and within them through keys in order. A masked key adds an exact zero and a
+// tile without visible keys changes nothing. So a row's bits depend neither on its batch mates
+// nor on how its prompt was cut into chunks.
+
+struct AttentionScratch {
+    uint32_t* query;   // [rows, units] words
+    uint32_t* keys;    // [2, units, 32] words
+    float* values;     // [slices, 64, 32]
+    float* scores;     // [rows, 64]
+    float* part;       // [slices, rows, 32] sums of the current partition
+    float* total;      // [slices, rows, 32] sums of all before it
+    float* peak;       // [rows] maximum of the current partition, then of all before it [rows]
+    float* weight;     // [rows] sum of weights, the same two
+    uint32_t* row;     // [2 * units] one key, padded or widened
+};
+
+// Words of a query or key: pairs where both are bfloat16, else floats.
+INLINE bool in_pairs(const Attention& call) {
+    return call.type == kBf16 && call.pool_type == kBf16;
+}
+INLINE int64_t key_units(const Attention& call) {
+    return in_pairs(call) ? (call.dim + 1) / 2 : call.dim;
+}
+
+static int64_t attention_layout(const Attention& call, AttentionScratch* s, char* base) {
+    int64_t units = key_units(call), padded = round_up(call.dim, kPanel), used = 0;
+    int64_t rows = most(kQueryRows, call.heads / most(call.kv_heads, 1));
+    auto take = [&](int64_t words) {
+        char* p = base + used;
+        used += round_up(words * 4, 64);
+        return p;
+    };
+    AttentionScratch r;
+    r.query = (uint32_t*)take(rows * units);
+    r.keys = (uint32_t*)take(kKeys * units);
+    r.values = (float*)take(kKeys * padded);
+    r.scores = (float*)take(rows * kKeys);
+    r.part = (float*)take(rows * padded);
+    r.total = (float*)take(rows * padded);
+    r.peak = (float*)take(2 * rows);
+    r.weight = (float*)take(2 * rows);
+    r.row = (uint32_t*)take(kKeys * units);
+    if (s) *s = r;
+    return used;
+}
+static int64_t attention_scratch(const Attention& call) {
+    return attention_layout(call, nullptr, nullptr);
+}
+
+// One key or query as words; `spare` is used where they do not stand so in memory.
+static const uint32_t* as_words(const void* p, int32_t type, bool pairs, int64_t dim,
+                                uint32_t* spare) {
+    if (pairs && dim % 2 == 0) return (const uint32_t*)p;
+    if (pairs) {
+        spare[dim / 2] = 0;
+        std::memcpy(spare, p, dim * 2);
+        return spare;
+    }
+    if (type == kFloat) return (const uint32_t*)p;
+    convert(p, kBf16, dim, spare, kFloat);
+    return spare;
+}
+
+struct Pages {  // where the tokens of a sequence stand in one head's pool
+    const Attention& call;
+    const int32_t* blocks;
+    int64_t head;
+};
+
+struct Tile {  // keys [begin, end), and the first element of each in the pool
+    int64_t begin, end;
+    int64_t at[kKeys];
+
+    Tile(const Pages& pages, int64_t begin, int64_t end) : begin(begin), end(end) {
+        const Attention& call = pages.call;
+        int64_t block = begin / call.block_size, offset = begin % call.block_size;
+        for (int64_t j = 0; j < end - begin; block++, offset = 0) {
+            int64_t first = pages.blocks[block] * call.block_size;
+            int64_t base = pages.head * call.head_stride + (first + offset) * call.dim;
+            int64_t stop = least(end - begin, j + call.block_size - offset);
+            for (; j < stop; j++, base += call.dim) at[j] = base;
+        }
+    }
+    INLINE_MEMBER int64_t count() const { return end - begin; }
+};
+
+INLINE const char* element(const void* base, int32_t type, int64_t index) {
+    return (const char*)base + index * (type == kFloat ? 4 : 2);
+}
+
+// Keys [begin, end) of a tile -> panels [2][units][32]; keys from `end` on are left as they are,
+// since their scores are masked.
+static void pack_keys(const Attention& call, const Tile& tile, const AttentionScratch& s) {
+    int64_t units = key_units(call), count = tile.count();
+    bool pairs = in_pairs(call), in_place = pairs ? call.dim % 2 == 0 : call.pool_type == kFloat;
+    const uint32_t* rows[kKeys];
+    for (int64_t j = 0; j < round_up(count, kWidth); j++) {
+        const char* key = element(call.keys, call.pool_type, tile.at[least(j, count - 1)]);
+        rows[j] = in_place ? (const uint32_t*)key
+                           : as_words(key, call.pool_type, pairs, call.dim, s.row + j * units);
+    }
+    for (int64_t j = 0; j < round_up(count, kWidth); j += kWidth) {
+        uint32_t* panel = s.keys + (j / kPanel) * units * kPanel + j % kPanel;
+        int64_t u = 0;
+        for (; u + kWidth <= units; u += kWidth) transpose(rows + j, u, panel + u * kPanel, kPanel);
+        for (; u < units; u++) {
+            for (int lane = 0; lane < kWidth; lane++) panel[u * kPanel + lane] = rows[j + lane][u];
+        }
+    }
+}
+
+// Values [begin, end) of a tile -> panels of pairs of keys, [slices][64 / 2][32].
+static void pack_value_pairs(const Attention& call, const Tile& tile, uint32_t* out) {
+    const bf16* base = (const bf16*)call.values;
+    const bf16 none[kPanel] = {};
+    for (int64_t j = 0; j < tile.count(); j += 2) {
+        const bf16* first = base + tile.at[j];
+        bool paired = j + 1 < tile.count();
+        const bf16* second = paired ? base + tile.at[j + 1] : nullptr;
+        for (int64_t d = 0; d < call.dim; d += kPanel) {
+            uint32_t* place = out + (d / kPanel * kKeys + j) / 2 * kPanel;
+            if (d + kPanel <= call.dim) {
+                for (int64_t i = 0; i < kPanel; i += kWidth) {
+                    zip(first + d + i, paired ? second + d + i : none, place + i);
+                }
+                continue;
+            }
+            for (int64_t i = 0; i < kPanel; i++) {
+                bool inside = d + i < call.dim;
+                uint32_t low = inside ? first[d + i].bits : 0;
+                uint32_t high = inside && paired ? second[d + i].bits : 0;
+                place[i] = low | high << 16;
+            }
+        }
+    }
+}
+
+// Values [begin, end) of a tile -> float panels [slices][64][32].
+static void pack_values(const Attention& call, const Tile& tile, float* out) {
+    for (int64_t j = 0; j < tile.count(); j++) {
+        const char* row = element(call.values, call.pool_type, tile.at[j]);
+        for (int64_t d = 0; d < call.dim; d += kPanel) {
+            int64_t count = least(kPanel, call.dim - d);
+            float* place = out + (d / kPanel * kKeys + j) * kPanel;
+            convert(element(row, call.pool_type, d), call.pool_type, count, place, kFloat);
+            for (int64_t i = count; i < kPanel; i++) place[i] = 0.0f;
+        }
+    }
+}
+
+struct Row {  // a query row's place
+    int64_t position, head;
+};
+
+// Raw products -> scores [64] of the keys from `begin` on; masked ones are -infinity.
+static void bias_and_mask(const Attention& call, Row row, int64_t begin, float* scores) {
+    float slope = call.slopes ? call.slopes[row.head] : 0.0f;
+    V scale = set1(call.scale), cap = set1(call.softcap);
+    for (int64_t j = 0; j < kKeys; j += kWidth) {
+        V x = mul(load(scores + j), scale);
+        if (call.softcap > 0.0f) x = mul(cap, hyperbolic_tangent(divide(x, cap)));
+        store(scores + j, x);
+    }
+    if (call.slopes) {
+        for (int64_t j = 0; j < kKeys; j++) scores[j] += slope * (float)(begin + j - row.position);
+    }
+    int64_t first = call.window ? row.position - call.window + 1 - begin : 0;
+    int64_t last = row.position - begin;
+    for (int64_t j = 0; j < least(first, kKeys); j++) scores[j] = -__builtin_inff();
+    for (int64_t j = most(last + 1, 0); j < kKeys; j++) scores[j] = -__builtin_inff();
+}
+
+INLINE void scale_row(float* sums, int64_t rows, int64_t slices, float factor) {
+    V f = set1(factor);
+    for (int64_t slice = 0; slice < slices; slice++) {
+        for (int64_t i = 0; i < kPanel; i += kWidth) {
+            float* p = sums + slice * rows * kPanel + i;
+            store(p, mul(load(p), f));
+        }
+    }
+}
+
+INLINE float exponential(float x) {
+    float lanes[kWidth];
+    store(lanes, exponential(set1(x)));
+    return lanes[0];
+}
+
+// Scores [64] become weights, as bfloat16 at the same place if `pairs`; peak, weight and the
+// row's sums follow the moving maximum.
+static void soften(float* scores, bool pairs, float* peak, float* weight, float* sums,
+                   int64_t rows, int64_t slices) {
+    V top = load(scores);
+    for (int64_t j = kWidth; j < kKeys; j += kWidth) top = maximum(top, load(scores + j));
+    float now = largest(top);
+    if (now > *peak) {
+        float factor = exponential(*peak - now);
+        *peak = now;
+        *weight *= factor;
+        scale_row(sums, rows, slices, factor);
+    }
+    V total = zero(), shift = set1(*peak);
+    for (int64_t j = 0; j < kKeys; j += kWidth) {
+        V p = exponential(sub(load(scores + j), shift));
+        if (pairs) {
+            bf16* place = (bf16*)scores + j;
+            store(place, p);
+            p = load(place);  // what was rounded is what is counted
+        } else {
+            store(scores + j, p);
+        }
+        total = add(total, p);
+    }
+    *weight += sum(total);
+}
+
+// The partition's state joins the total and is cleared.
+static void close_partition(const AttentionScratch& s, int64_t rows, int64_t slices) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *part = s.part + r * kPanel, *total = s.total + r * kPanel;
+        float top = s.peak[r] > s.peak[rows + r] ? s.peak[r] : s.peak[rows + r];
+        float new_scale = exponential(s.peak[r] - top), old_scale = exponential(s.peak[rows + r] - top);
+        for (int64_t slice = 0; slice < slices; slice++) {
+            for (int64_t i = 0; i < kPanel; i += kWidth) {
+                int64_t at = slice * rows * kPanel + i;
+                V old = mul(load(total + at), set1(old_scale));
+                store(total + at, add(old, mul(load(part + at), set1(new_scale))));
+                store(part + at, zero());
+            }
+        }
+        s.weight[rows + r] = s.weight[rows + r] * old_scale + s.weight[r] * new_scale;
+        s.peak[rows + r] = top;
+        s.peak[r] = -1e30f;
+        s.weight[r] = 0.0f;
+    }
+}
+
+template <class Words>
+static void multiply_rows(int64_t rows, const void* x_any, int64_t x_stride, const void* panel_any,
+                          int64_t units, float* out, int64_t out_stride, bool onto) {
+    using Word = typename Words::Word;
+    alignas(64) float sums[kMaxRows * kPanel];
+    const Word *x = (const Word*)x_any, *panel = (const Word*)panel_any;
+    for (int64_t row = 0, step; row < rows; row += step) {
+        step = next_rows(rows - row);
+        if (onto) {  // out_stride is the panel's width: the sums are updated where they stand
+            tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, out + row * kPanel, true);
+            continue;
+        }
+        tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, sums, false);
+        for (int64_t r = 0; r < step; r++) {
+            std::memcpy(out + (row + r) * out_stride, sums + r * kPanel, kPanel * 4);
+        }
+    }
+}
+
+// Sums += weights x values.
+static void mix_values(const Attention& call, const Tile& tile, const AttentionScratch& s,
+                       int64_t rows) {
+    int64_t slices = (call.dim + kPanel - 1) / kPanel, count = tile.count();
+    bool pairs = in_pairs(call);
+    if (pairs) {
+        pack_value_pairs(call, tile, (uint32_t*)s.values);
+    } else {
+        pack_values(call, tile, s.values);
+    }
+    for (int64_t slice = 0; slice < slices; slice++) {
+        float* out = s.part + slice * rows * kPanel;
+        if (pairs) {
+            const float* panel = s.values + slice * kKeys / 2 * kPanel;
+            int64_t units = (count + 1) / 2;
+            multiply_rows<PairWords>(rows, s.scores, kKeys, panel, units, out, kPanel, true);
+        } else {
+            const float* panel = s.values + slice * kKeys * kPanel;
+            multiply_rows<FloatWords>(rows, s.scores, kKeys, panel, count, out, kPanel, true);
+        }
+    }
+}
+
+static void attend_tile(const Attention& call, const Tile& tile, const AttentionScratch& s,
+                        const Row* places, int64_t rows) {
+    int64_t units = key_units(call), slices = (call.dim + kPanel - 1) / kPanel;
+    pack_keys(call, tile, s);
+    for (int64_t half = 0; half * kPanel < tile.count(); half++) {
+        const uint32_t* panel = s.keys + half * units * kPanel;
+        float* out = s.scores + half * kPanel;
+        if (in_pairs(call)) {
+            multiply_rows<PairWords>(rows, s.query, units, panel, units, out, kKeys, false);
+        } else {
+            multiply_rows<FloatWords>(rows, s.query, units, panel, units, out, kKeys, false);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float* scores = s.scores + r * kKeys;
+        bias_and_mask(call, places[r], tile.begin, scores);
+        float* sums = s.part + r * kPanel;
+        soften(scores, in_pairs(call), s.peak + r, s.weight + r, sums, rows, slices);
+    }
+    mix_values(call, tile, s, rows);
+}
+
+// What a row's sums are multiplied by: 1 / all weights, the sink's among them.
+static float output_factor(const Attention& call, int64_t head, float peak, float weight) {
+    if (!call.sinks) return 1.0f / weight;
+    float sink = call.sinks[head], top = sink > peak ? sink : peak;
+    float scale = exponential(peak - top);
+    return scale / (weight * scale + exponential(sink - top));
+}
+
+static void write_output(const Attention& call, const AttentionScratch& s, const Row* places,
+                         int64_t rows, int64_t first_token, int64_t group) {
+    for (int64_t r = 0; r < rows; r++) {
+        float factor = output_factor(call, places[r].head, s.peak[rows + r], s.weight[rows + r]);
+        int64_t at = ((first_token + r / group) * call.heads + places[r].head) * call.dim;
+        for (int64_t d = 0; d < call.dim; d += kPanel) {
+            float* sums = s.total + (d / kPanel * rows + r) * kPanel;
+            for (int64_t i = 0; i < kPanel; i += kWidth) {
+                store(sums + i, mul(load(sums + i), set1(factor)));
+            }
+            char* out = (char*)element(call.output, call.type, at + d);
+            convert(sums, kFloat, least(kPanel, call.dim - d), out, call.type);
+        }
+    }
+}
+
+static void attention(const Attention& call, const Spans& spans, const AttentionUnit& unit,
+                      void* scratch) {
+    AttentionScratch s;
+    attention_layout(call, &s, (char*)scratch);
+    int64_t group = call.heads / call.kv_heads, rows = (unit.end - unit.begin) * group;
+    int64_t units = key_units(call), padded = round_up(call.dim, kPanel);
+    int64_t start = spans.start[unit.span], offset = spans.length[unit.span] - spans.num_query[unit.span];
+    Row places[kMostGroup];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = unit.begin + r / group, head = unit.head * group + r % group;
+        places[r] = {offset + token, head};
+        int64_t at = (start + token) * call.query_stride + head * call.dim;
+        uint32_t* place = s.query + r * units;
+        const char* query = element(call.query, call.type, at);
+        const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
+        if (words != place) std::memcpy(place, words, units * 4);
+        s.peak[r] = s.peak[rows + r] = -1e30f;
+        s.weight[r] = s.weight[rows + r] = 0.0f;
+    }
+    std::memset(s.part, 0, rows * padded * 4);
+    std::memset(s.total, 0, rows * padded * 4);
+    Pages pages{call, spans.blocks + spans.first[unit.span], unit.head};
+    int64_t stop = offset + unit.end;
+    int64_t seen = call.window ? most(offset + unit.begin - call.window + 1, 0) : 0;
+    for (int64_t begin = seen / kKeys * kKeys; begin < stop; begin += kKeys) {
+        attend_tile(call, Tile(pages, begin, least(begin + kKeys, stop)), s, places, rows);
+        if ((begin + kKeys) % kPartition == 0 || begin + kKeys >= stop) {
+            close_partition(s, rows, padded / kPanel);
+        }
+    }
+    write_output(call, s, places, rows, start + unit.begin, group);
+}

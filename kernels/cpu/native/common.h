@@ -1,0 +1,126 @@
+// What all sources share: number types, the structures that cross the C interface, the table of
+// kernels that each instruction set fills in.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+// Every function of this header is inlined by force. The same header is compiled for several
+// instruction sets; an out-of-line copy of the widest could be linked into the plainest.
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_METHOD static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace phalanx {
+
+struct bf16 { uint16_t bits; };
+
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE float widen(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
+INLINE float widen(float x) { return x; }
+INLINE bf16 narrow(float x) {  // round to nearest even; a NaN keeps a set mantissa bit
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {(uint16_t)((bits | 0x400000u) >> 16)};
+    return {(uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) { *p = narrow(x); }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+constexpr int64_t kPanel = 32;      // outputs whose weights stand side by side
+constexpr int64_t kKeys = 64;       // keys of one attention tile, at absolute positions
+constexpr int64_t kPartition = 512; // keys after which a fresh online softmax begins
+constexpr int64_t kQueryRows = 48;  // query rows (token x head of the group) of one tile, or one token
+constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
+
+enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
+
+// A weight [out, in] cut into panels of 32 outputs. A panel is [units][32] words of 32 bits; a
+// word holds one float, two bfloat16 or four int8 of consecutive inputs. Missing outputs and
+// inputs are zeros.
+struct Matrix {
+    int64_t out, in, units, panels;
+    int32_t type;
+    uint32_t* data;
+    float* bias;    // [panels * 32], zeros where there is none
+    float* scales;  // int8: [panels * 32], weight = scale * int8
+    int32_t* sums;  // int8: [panels * 32], 128 * sum of the row's int8
+};
+
+// Where one step's sequences stand in the batch and in the pages.
+struct Spans {
+    int64_t count;
+    const int32_t* start;      // first query row of the batch
+    const int32_t* num_query;
+    const int32_t* length;     // tokens attended to, the queries being the last of them
+    const int32_t* first;      // index of the sequence's first block in `blocks`
+    const int32_t* blocks;
+};
+
+struct Attention {
+    const void* query;  // [T, heads, dim], token_stride elements between tokens
+    void* output;       // [T, heads, dim] contiguous
+    int64_t query_stride, heads, kv_heads, dim;
+    int32_t type;       // of query and output
+    int32_t pool_type;
+    const void* keys;   // [kv_heads, blocks, block_size, dim]
+    const void* values;
+    int64_t head_stride, block_size;  // elements between heads; tokens of a block
+    float scale, softcap;             // softcap 0 = none
+    int64_t window;                   // 0 = none, else a query sees the last `window` tokens
+    const float* slopes;              // ALiBi, [heads], or null
+    const float* sinks;               // [heads] scores whose weight goes nowhere, or null
+};
+
+// Part of a step's attention that one thread does: some tokens of a sequence, one kv head.
+struct AttentionUnit { int64_t span, head, begin, end; };
+
+struct Isa {
+    const char* name;
+    // Outputs of panels [begin, end) of x [rows, in] into out [rows, matrix.out]; x is in the
+    // matrix's type, x_stride in elements.
+    using Matmul = void (*)(const Matrix& matrix, const void* x, int64_t x_stride, int64_t rows,
+                            void* out, int64_t out_stride, int32_t out_type, int64_t begin,
+                            int64_t end);
+    Matmul matmul_float, matmul_bf16;
+    // Dynamic int8: one row to unsigned bytes (128 = zero), returns its scale.
+    float (*quantize)(const void* x, int32_t type, int64_t size, int64_t padded, uint8_t* out);
+    using MatmulInt8 = void (*)(const Matrix& matrix, const uint8_t* x, int64_t x_stride,
+                                const float* x_scales, int64_t rows, void* out,
+                                int64_t out_stride, int32_t out_type, int64_t begin, int64_t end);
+    MatmulInt8 matmul_int8;
+    // residual += delta (delta may be null); out = residual / rms(residual) * (offset + weight).
+    void (*rms_norm)(const void* delta, int32_t delta_type, void* residual, int32_t residual_type,
+                     const void* weight, int32_t weight_type, float offset, float eps,
+                     int64_t size, void* out, int32_t out_type);
+    void (*silu_mul)(const void* gate, const void* up, int32_t in_type, int64_t size, void* out,
+                     int32_t out_type);
+    // One head: out = in rotated by cos, sin [half]; elements from 2 * half on pass through.
+    void (*rope)(const void* in, int32_t in_type, const void* cos, const void* sin,
+                 int32_t angle_type, int64_t half, int64_t dim, void* out, int32_t out_type);
+    void (*convert)(const void* in, int32_t in_type, int64_t size, void* out, int32_t out_type);
+    // total = parts[0] + parts[1] + ... in this order.
+    void (*add_parts)(const float* const* parts, int64_t count, int64_t size, float* total);
+    int64_t (*attention_scratch)(const Attention& call);  // bytes a thread needs
+    void (*attention)(const Attention& call, const Spans& spans, const AttentionUnit& unit,
+                      void* scratch);
+    int64_t (*argmax)(const float* x, int64_t size);  // the first of several
+};
+
+const Isa* isa_plain();
+const Isa* isa_avx2();        // null where the compiler has no such target
+const Isa* isa_avx512();
+const Isa* isa_avx512_bf16();
+const Isa* isa_amx();
+const Isa* isa_amx_imitated();
+
+}  // namespace phalanx

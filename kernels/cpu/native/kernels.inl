@@ -1,0 +1,4 @@
+#include "matmul.inl"
+#include "rows.inl"
+#include "attention.inl"
+#include "table.inl"

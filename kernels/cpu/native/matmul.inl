@@ -1,0 +1,200 @@
+// Products with packed weights. Included once per instruction set.
+//
+// The unit of work is a tile: R rows of x times one panel of 32 outputs. Its sums stay in
+// registers while the loop walks along the inputs; each step loads 32 words of weights (two
+// cache lines, which the next tiles of the panel find in L1) and multiplies them with one word
+// of each row of x, broadcast to all lanes:
+//
+//     for unit u of the inputs:      weights   w[u][0..31]            loaded once
+//         for row r:                 sums      s[r][0..31] += x[r][u] * w[u][0..31]
+//
+// A lane is an output and its sum runs over the inputs in order, whatever R is: a row's result
+// does not depend, to the last bit, on how many rows stand beside it or which thread computes
+// them. At R = 1 the loop is bound by the weights' way from memory: one stream, read in order,
+// with a prefetch far enough ahead to hide the latency.
+
+static constexpr int kVectors = (int)kPanel / kWidth;
+static constexpr int64_t kAhead = 2048 / 4;  // words; 2 KB, about 100 ns of one core's bandwidth
+
+struct FloatWords {  // one float a word
+    using Word = float;
+    using Weight = V;
+    using Sum = V;
+    INLINE_METHOD Sum none() { return zero(); }
+    INLINE_METHOD Sum resume(const float* p) { return load(p); }
+    INLINE_METHOD Weight weight(const Word* p) { return load(p); }
+    INLINE_METHOD V broadcast(Word x) { return set1(x); }
+    INLINE_METHOD Sum add(Sum s, Weight w, V x) { return fma(w, x, s); }
+};
+struct PairWords {  // two bfloat16 a word, multiplied exactly, added in float32
+    using Word = uint32_t;
+    using Weight = Pairs;
+    using Sum = V;
+    INLINE_METHOD Sum none() { return zero(); }
+    INLINE_METHOD Sum resume(const float* p) { return load(p); }
+    INLINE_METHOD Weight weight(const Word* p) { return load_pairs(p); }
+    INLINE_METHOD Spread broadcast(Word x) { return spread(x); }
+    INLINE_METHOD Sum add(Sum s, Weight w, Spread x) { return dot_pairs(s, w, x); }
+};
+struct ByteWords {  // four int8 a word, added in int32
+    using Word = uint32_t;
+    using Weight = I;
+    using Sum = I;
+    INLINE_METHOD Sum none() { return zero_int(); }
+    INLINE_METHOD Sum resume(const float*) { return zero_int(); }  // never asked for
+    INLINE_METHOD Weight weight(const Word* p) { return load_int(p); }
+    INLINE_METHOD Word broadcast(Word x) { return x; }
+    INLINE_METHOD Sum add(Sum s, Weight w, Word x) { return dot_bytes(s, w, x); }
+};
+
+INLINE void keep(float* p, V sum) { store(p, sum); }
+INLINE void keep(float* p, I sum) { std::memcpy(p, &sum, sizeof sum); }  // the integers' bits
+
+// sums [R, 32] = x [R, units] times a panel; added to what is there when `onto`.
+template <class Words, int R>
+static void tile(const typename Words::Word* x, int64_t x_stride,
+                 const typename Words::Word* panel, int64_t units, float* sums, bool onto) {
+    typename Words::Sum s[R][kVectors];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < kVectors; v++) {
+            s[r][v] = onto ? Words::resume(sums + r * kPanel + v * kWidth) : Words::none();
+        }
+    }
+    for (int64_t u = 0; u < units; u++) {
+        const auto* row = panel + u * kPanel;
+        __builtin_prefetch(row + kAhead);
+        __builtin_prefetch(row + kAhead + 16);
+        typename Words::Weight w[kVectors];
+        UNROLL for (int v = 0; v < kVectors; v++) w[v] = Words::weight(row + v * kWidth);
+        UNROLL for (int r = 0; r < R; r++) {
+            auto value = Words::broadcast(x[r * x_stride + u]);
+            UNROLL for (int v = 0; v < kVectors; v++) s[r][v] = Words::add(s[r][v], w[v], value);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < kVectors; v++) keep(sums + r * kPanel + v * kWidth, s[r][v]);
+    }
+}
+
+// Up to kMaxRows rows.
+template <class Words, int R = kMaxRows>
+static void tile_of(int64_t rows, const typename Words::Word* x, int64_t x_stride,
+                    const typename Words::Word* panel, int64_t units, float* sums, bool onto) {
+    if constexpr (R > 0) {
+        if (rows == R) return tile<Words, R>(x, x_stride, panel, units, sums, onto);
+        return tile_of<Words, R - 1>(rows, x, x_stride, panel, units, sums, onto);
+    }
+}
+
+// Rows of the next tile: the remaining rows in as few tiles as possible, of like size.
+INLINE int64_t next_rows(int64_t remaining) {
+    int64_t tiles = (remaining + kMaxRows - 1) / kMaxRows;
+    return (remaining + tiles - 1) / tiles;
+}
+
+template <class Out>
+static void finish_row(const float* sums, const float* bias, int64_t count, Out* out) {
+    if (count == kPanel) {
+        UNROLL for (int v = 0; v < kVectors; v++) {
+            store(out + v * kWidth, add(load(sums + v * kWidth), load(bias + v * kWidth)));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) put(out + i, sums[i] + bias[i]);
+}
+
+template <class Words, class Out>
+static void matmul_typed(const Matrix& m, const void* x_any, int64_t x_stride, int64_t rows,
+                         Out* out, int64_t out_stride, int64_t begin, int64_t end) {
+    using Word = typename Words::Word;
+    alignas(64) float sums[kMaxRows * kPanel];
+    const Word* x = (const Word*)x_any;
+    for (int64_t p = begin; p < end; p++) {
+        const Word* panel = (const Word*)m.data + p * m.units * kPanel;
+        int64_t first = p * kPanel, count = least(kPanel, m.out - first);
+        for (int64_t row = 0, step; row < rows; row += step) {
+            step = next_rows(rows - row);
+            tile_of<Words>(step, x + row * x_stride, x_stride, panel, m.units, sums, false);
+            for (int64_t r = 0; r < step; r++) {
+                Out* place = out + (row + r) * out_stride + first;
+                finish_row(sums + r * kPanel, m.bias + first, count, place);
+            }
+        }
+    }
+}
+
+static void matmul_float(const Matrix& m, const void* x, int64_t x_stride, int64_t rows, void* out,
+                         int64_t out_stride, int32_t out_type, int64_t begin, int64_t end) {
+    if (out_type == kFloat) {
+        matmul_typed<FloatWords>(m, x, x_stride, rows, (float*)out, out_stride, begin, end);
+    } else {
+        matmul_typed<FloatWords>(m, x, x_stride, rows, (bf16*)out, out_stride, begin, end);
+    }
+}
+
+static void matmul_bf16(const Matrix& m, const void* x, int64_t x_stride, int64_t rows, void* out,
+                        int64_t out_stride, int32_t out_type, int64_t begin, int64_t end) {
+    if (out_type == kFloat) {
+        matmul_typed<PairWords>(m, x, x_stride / 2, rows, (float*)out, out_stride, begin, end);
+    } else {
+        matmul_typed<PairWords>(m, x, x_stride / 2, rows, (bf16*)out, out_stride, begin, end);
+    }
+}
+
+// W8A8. x holds unsigned bytes q + 128; the 128s' share, 128 * sum of the weights, is known
+// from packing and taken off again. All sums are exact integers below 2^31 for in < 2^16.
+template <class Out>
+static void matmul_int8_typed(const Matrix& m, const uint8_t* x, int64_t x_stride,
+                              const float* x_scales, int64_t rows, Out* out, int64_t out_stride,
+                              int64_t begin, int64_t end) {
+    alignas(64) float sums[kMaxRows * kPanel];
+    for (int64_t p = begin; p < end; p++) {
+        const uint32_t* panel = m.data + p * m.units * kPanel;
+        int64_t first = p * kPanel, count = least(kPanel, m.out - first);
+        for (int64_t row = 0, step; row < rows; row += step) {
+            step = next_rows(rows - row);
+            const uint32_t* words = (const uint32_t*)(x + row * x_stride);
+            tile_of<ByteWords>(step, words, x_stride / 4, panel, m.units, sums, false);
+            for (int64_t r = 0; r < step; r++) {
+                float* s = sums + r * kPanel;
+                for (int64_t i = 0; i < kPanel; i++) {
+                    int32_t exact;
+                    std::memcpy(&exact, s + i, 4);
+                    exact -= m.sums[first + i];
+                    s[i] = (float)exact * (x_scales[row + r] * m.scales[first + i]);
+                }
+                finish_row(s, m.bias + first, count, out + (row + r) * out_stride + first);
+            }
+        }
+    }
+}
+
+static void matmul_int8(const Matrix& m, const uint8_t* x, int64_t x_stride, const float* x_scales,
+                        int64_t rows, void* out, int64_t out_stride, int32_t out_type,
+                        int64_t begin, int64_t end) {
+    if (out_type == kFloat) {
+        matmul_int8_typed(m, x, x_stride, x_scales, rows, (float*)out, out_stride, begin, end);
+    } else {
+        matmul_int8_typed(m, x, x_stride, x_scales, rows, (bf16*)out, out_stride, begin, end);
+    }
+}
+
+template <class T>
+static float quantize_typed(const T* x, int64_t size, int64_t padded, uint8_t* out) {
+    float peak = 0.0f;
+    for (int64_t i = 0; i < size; i++) {
+        float magnitude = __builtin_fabsf(widen(x[i]));
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+    for (int64_t i = 0; i < size; i++) {
+        out[i] = (uint8_t)((int)__builtin_nearbyintf(widen(x[i]) * inverse) + 128);
+    }
+    for (int64_t i = size; i < padded; i++) out[i] = 128;
+    return peak / 127.0f;
+}
+
+static float quantize(const void* x, int32_t type, int64_t size, int64_t padded, uint8_t* out) {
+    if (type == kFloat) return quantize_typed((const float*)x, size, padded, out);
+    return quantize_typed((const bf16*)x, size, padded, out);
+}

@@ -1,0 +1,119 @@
+"""An optional capability of a backend: a whole stack of plain layers in one call.
+
+A decoder step of a small model is hundreds of operations of some microseconds each, and calling
+them one by one costs more than they do. A backend that can runs them by itself, sums over the
+ranks of the node included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .interface import AttentionPlan, AttentionSpec, KernelBackend, PackedLinear
+
+
+@runtime_checkable
+class RowLookup(PackedLinear, Protocol):
+    """A packed weight whose rows can still be read: an output head that is also the embedding."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (int64 [n]) as they were packed, [n, in]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PlainLayer:
+    """h += output(attention(rope(qkv(norm(h))))); h += down(silu(gate) * up of gate_up(norm(h))).
+
+    Norms are RMS norms. `qkv` gives [query | key | value] heads, `gate_up` [gate | up]; the rows
+    of `output` and `down` are sums over the ranks. With query and key norms [D], heads are
+    normed before they are rotated.
+    """
+
+    input_norm: Tensor
+    qkv: PackedLinear
+    attention: AttentionSpec
+    output: PackedLinear
+    post_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    key_pool: Tensor
+    value_pool: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PlainStack:
+    """Layers and the norm behind them; sizes are those of this rank."""
+
+    layers: Sequence[PlainLayer]
+    final_norm: Tensor
+    norm_eps: float
+    norm_offset: float
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSegment:
+    """Shared memory of the ranks of one node.
+
+    `size` counters of 8 bytes, one every 64 bytes, then slots [2, size, slot_bytes]. At call n a
+    rank writes its slot n % 2, sets its counter to n, waits until all counters are n and adds
+    the slots in rank order.
+    """
+
+    address: int
+    rank: int
+    size: int
+    slot_bytes: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How a rank's parts become sums: alone, through a segment, or by a function."""
+
+    segment: SharedSegment | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+class PeerLost(Exception):
+    """A rank did not come to a sum in time; holds its number."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} did not come to a sum")
+        self.rank = rank
+
+
+class StackProgram(Protocol):
+    """A stack that is ready to run."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        plan: AttentionPlan,
+        rows: Tensor,
+    ) -> Tensor:
+        """Embeddings x [T, hidden] -> normed hidden states of `rows` (int64), [rows, hidden].
+
+        cos, sin [T, rotary / 2]; slots int64 [T]. Raises `PeerLost`.
+        """
+
+
+@runtime_checkable
+class FusingBackend(KernelBackend, Protocol):
+    """A backend with this capability."""
+
+    def fuse(self, stack: PlainStack, reduction: Reduction) -> StackProgram | None:
+        """The stack as a program; None where this backend cannot run it whole."""

@@ -1,0 +1,140 @@
+"""One layer of the decoder: how attention and feed-forward add to the hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import KernelBackend
+from phalanx.protos.shards import RankCut
+from phalanx.protos.specs import DecoderSpec
+from phalanx.workers.batch import Batch
+from phalanx.workers.cache import LayerCache
+from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.models.layout import NO_LAYOUTS, PLAIN, Layouts
+from phalanx.workers.models.registry import LayerNames
+from phalanx.workers.parallel import TensorParallel
+
+from .attention import Attention
+from .experts import ExpertsMLP
+from .linear import ColumnParallelLinear, RowParallelLinear
+from .mlp import GatedMLP, PlainMLP
+from .norm import Norm, Normalize
+
+_NORMS = {
+    "pre": ("input_norm", "post_norm"),
+    "sandwich": ("input_norm", "attention_norm", "post_norm", "mlp_norm"),
+    "post": ("attention_norm", "mlp_norm"),
+    "parallel": ("input_norm",),
+    "parallel_two": ("input_norm", "post_norm"),
+}
+
+
+class DecoderLayer:
+    """Attention and feed-forward in the order of `DecoderSpec.block`.
+
+    The residual sum is carried beside the hidden states, so that adding and norming are one step.
+    """
+
+    def __init__(
+        self,
+        model: DecoderSpec,
+        part: RankCut,
+        names: LayerNames,
+        group: TensorParallel,
+        backend: KernelBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        layer: int = 0,
+        layouts: Layouts = NO_LAYOUTS,
+    ) -> None:
+        self._group, self._norm = group, Normalize(model, backend)
+        self._scale = model.residual_scale
+        self._norms = {
+            role: Norm(
+                getattr(names, role),
+                model.hidden_size,
+                dtype,
+                device,
+                model=model,
+                layout=layouts.get(role, PLAIN),
+            )
+            for role in _NORMS[model.block]
+        }
+        parallel = model.block in ("parallel", "parallel_two")
+        place = (group, backend, dtype, device)
+        self.attention = Attention(
+            model, part.heads, names, *place, layer=layer, layouts=layouts, reduce=not parallel
+        )
+        self.mlp: GatedMLP | PlainMLP | ExpertsMLP
+        if model.experts is not None and model.has_experts(layer):
+            self.mlp = ExpertsMLP(model, model.experts, part, names, *place, reduce=not parallel)
+        else:
+            kind = GatedMLP if model.gated_mlp else PlainMLP
+            self.mlp = kind(model, part.mlp, names, *place, layouts=layouts, reduce=not parallel)
+        self._run = {
+            "pre": self._pre,
+            "sandwich": self._sandwich,
+            "post": self._post,
+            "parallel": self._parallel,
+            "parallel_two": self._parallel,
+        }[model.block]
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """The norms of hidden states, by role."""
+        return self._norms
+
+    @property
+    def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """The layer's linear layers, in the order of their use."""
+        return [*self.attention.linears, *self.mlp.linears]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What the checkpoint must fill."""
+        pieces = [piece for norm in self._norms.values() for piece in norm.pieces]
+        pieces += self.attention.pieces + self.mlp.pieces
+        return pieces + [piece for linear in self.linears for piece in linear.pieces]
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """(block output [T, hidden], residual before it is added)."""
+        return self._run(x, residual, batch, cache)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self._scale == 1.0 else x * self._scale
+
+    def _pre(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
+        x = self._scaled(self.attention(x, batch, cache))
+        x, residual = self._norm.add(x, residual, self._norms["post_norm"])
+        return self._scaled(self.mlp(x)), residual
+
+    def _sandwich(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
+        x = self._norm(self.attention(x, batch, cache), self._norms["attention_norm"])
+        x, residual = self._norm.add(self._scaled(x), residual, self._norms["post_norm"])
+        return self._scaled(self._norm(self.mlp(x), self._norms["mlp_norm"])), residual
+
+    def _post(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        x = x + residual
+        attended = self._norm(self.attention(x, batch, cache), self._norms["attention_norm"])
+        residual = x + self._scaled(attended)
+        return self._scaled(self._norm(self.mlp(residual), self._norms["mlp_norm"])), residual
+
+    def _parallel(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
+        other = self._norm(residual, self._norms["post_norm"]) if "post_norm" in self._norms else x
+        total = self._group.all_reduce(self.attention(x, batch, cache) + self.mlp(other))
+        return self._scaled(total), residual

@@ -1,0 +1,91 @@
+"""A mixture of experts in place of the feed-forward block; every rank holds a part of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import KernelBackend
+from phalanx.protos.shards import RankCut, Span
+from phalanx.protos.specs import DecoderSpec, ExpertSpec
+from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.models.registry import LayerNames
+from phalanx.workers.parallel import TensorParallel
+
+from .linear import ColumnParallelLinear, Output, RowParallelLinear
+
+
+class ExpertsMLP:
+    """Each token goes through the experts that its router likes best (Shazeer 2017, Jiang 2024).
+
+    The router is whole on every rank, so that all ranks choose alike; the columns of each expert
+    are divided as those of a dense block. With `reduce` off, each rank gives its part of the sum.
+    """
+
+    def __init__(
+        self,
+        model: DecoderSpec,
+        experts: ExpertSpec,
+        part: RankCut,
+        names: LayerNames,
+        group: TensorParallel,
+        backend: KernelBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        reduce: bool = True,
+    ) -> None:
+        self._backend, self._activation = backend, model.activation
+        self._group, self._reduce = group, reduce
+        self._chosen, self._renormalize = experts.per_token, experts.renormalize
+        hidden = model.hidden_size
+        every = [Output(names.router, Span(0, experts.num_experts))]
+        self.router = ColumnParallelLinear(hidden, every, dtype, device)
+        self.gate_up: list[ColumnParallelLinear] = []
+        self.down: list[RowParallelLinear] = []
+
+        def add(columns: Span, gate: str, up: str, down: str) -> None:
+            both = [Output(gate, columns), Output(up, columns)]
+            self.gate_up.append(ColumnParallelLinear(hidden, both, dtype, device))
+            self.down.append(
+                RowParallelLinear(down, columns, hidden, group, dtype, device, reduce=False)
+            )
+
+        stored = (names.expert_gate, names.expert_up, names.expert_down)
+        for expert in range(experts.num_experts):
+            add(part.experts, *(name.replace("{expert}", str(expert)) for name in stored))
+        self.shared_router: ColumnParallelLinear | None = None
+        if experts.shared_size:
+            one = [Output(names.shared_router, Span(0, 1))]
+            self.shared_router = ColumnParallelLinear(hidden, one, dtype, device)
+            add(part.shared, names.shared_gate, names.shared_up, names.shared_down)
+
+    @property
+    def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """The linear layers: the routers, then both of each expert, the shared one last."""
+        routers = [self.router, *([self.shared_router] if self.shared_router else [])]
+        pairs = zip(self.gate_up, self.down, strict=True)
+        return [*routers, *(linear for pair in pairs for linear in pair)]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What the checkpoint must fill beside the linear layers."""
+        return []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden], equal on every rank once reduced."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self._chosen, dim=-1)
+        if self._renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        total = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            output = self._expert(expert, x[rows])
+            total.index_add_(0, rows, output * weights[rows, place, None])
+        if self.shared_router is not None:
+            total += self._expert(-1, x) * self.shared_router(x).sigmoid()
+        return self._group.all_reduce(total) if self._reduce else total
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        return self.down[expert](self._backend.gated(self.gate_up[expert](x), self._activation))

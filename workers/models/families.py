@@ -1,0 +1,141 @@
+"""Which families there are, and how far each was compared with `transformers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyRecord:
+    """One family: the module that describes it, its architectures, and what runs.
+
+    `verified` says what the parity tests cover, against transformers in float32 on random weights of
+    odd shapes, GGUF files at TP 1, 3 and 5; `limits`, what is refused or differs.
+    """
+
+    module: str
+    models: str
+    architectures: tuple[str, ...]
+    kinds: tuple[str, ...] = ("safetensors",)
+    verified: str = "log-probabilities and greedy tokens at TP 1 to 8"
+    limits: str = ""
+
+
+_BOTH = ("safetensors", "gguf")
+FAMILIES = {
+    "llama": FamilyRecord(
+        module="llama",
+        models="Llama 1 to 3.3, SmolLM2, SmolLM3, Mistral, Ministral, Granite 3, Seed-OSS, Arcee",
+        architectures=(
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "MinistralForCausalLM",
+            "SmolLM3ForCausalLM",
+            "GraniteForCausalLM",
+            "SeedOssForCausalLM",
+            "ArceeForCausalLM",
+        ),
+        kinds=_BOTH,
+    ),
+    "qwen2": FamilyRecord(
+        module="qwen",
+        models="Qwen2, Qwen2.5, QwQ, Qwen2-MoE",
+        architectures=("Qwen2ForCausalLM", "Qwen2MoeForCausalLM"),
+        kinds=_BOTH,
+        limits="GGUF of the dense models only",
+    ),
+    "qwen3": FamilyRecord(
+        module="qwen",
+        models="Qwen3, Qwen3-MoE",
+        architectures=("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        kinds=_BOTH,
+        limits="GGUF of the dense models only",
+    ),
+    "gemma": FamilyRecord(module="gemma", models="Gemma 1", architectures=("GemmaForCausalLM",)),
+    "gemma2": FamilyRecord(module="gemma", models="Gemma 2", architectures=("Gemma2ForCausalLM",)),
+    "gemma3": FamilyRecord(
+        module="gemma",
+        models="Gemma 3, text",
+        architectures=("Gemma3ForCausalLM",),
+        kinds=_BOTH,
+        verified="log-probabilities and greedy tokens at TP 1 to 8; Gemma 3 270M as released",
+        limits="no images",
+    ),
+    "phi3": FamilyRecord(
+        module="phi",
+        models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        architectures=("Phi3ForCausalLM",),
+        limits="LongRoPE: one set of factors for all lengths, the long one where more than the "
+        "original context is served",
+    ),
+    "phi": FamilyRecord(module="phi", models="Phi-1 to Phi-2", architectures=("PhiForCausalLM",)),
+    "stablelm": FamilyRecord(
+        module="stablelm", models="StableLM 2, 3B, 12B", architectures=("StableLmForCausalLM",)
+    ),
+    "gpt2": FamilyRecord(
+        module="gpt2",
+        models="GPT-2",
+        architectures=("GPT2LMHeadModel",),
+        limits="not with scale_attn_by_inverse_layer_idx",
+    ),
+    "gpt_bigcode": FamilyRecord(
+        module="gpt2", models="StarCoder, SantaCoder", architectures=("GPTBigCodeForCausalLM",)
+    ),
+    "opt": FamilyRecord(
+        module="opt",
+        models="OPT",
+        architectures=("OPTForCausalLM",),
+        limits="not the 350M model (norms after the sums)",
+    ),
+    "falcon": FamilyRecord(
+        module="falcon", models="Falcon 7B, 11B, 40B, RW", architectures=("FalconForCausalLM",)
+    ),
+    "bloom": FamilyRecord(
+        module="bloom", models="BLOOM, BLOOMZ", architectures=("BloomForCausalLM",)
+    ),
+    "mpt": FamilyRecord(
+        module="mpt",
+        models="MPT 7B, 30B",
+        architectures=("MptForCausalLM", "MPTForCausalLM"),
+        limits="ALiBi models with multi-head attention",
+    ),
+    "starcoder2": FamilyRecord(
+        module="starcoder2", models="StarCoder2", architectures=("Starcoder2ForCausalLM",)
+    ),
+    "glm": FamilyRecord(module="glm", models="GLM-4-9B", architectures=("GlmForCausalLM",)),
+    "glm4": FamilyRecord(module="glm", models="GLM-4-0414", architectures=("Glm4ForCausalLM",)),
+    "gpt_neox": FamilyRecord(
+        module="neox", models="GPT-NeoX, Pythia", architectures=("GPTNeoXForCausalLM",)
+    ),
+    "gptj": FamilyRecord(module="gptj", models="GPT-J", architectures=("GPTJForCausalLM",)),
+    "olmo": FamilyRecord(module="olmo", models="OLMo 1", architectures=("OlmoForCausalLM",)),
+    "olmo2": FamilyRecord(
+        module="olmo",
+        models="OLMo 2, OLMo 3",
+        architectures=("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+    ),
+    "nemotron": FamilyRecord(
+        module="nemotron", models="Nemotron-4, Minitron", architectures=("NemotronForCausalLM",)
+    ),
+    "gpt_neo": FamilyRecord(
+        module="gptneo", models="GPT-Neo", architectures=("GPTNeoForCausalLM",)
+    ),
+    "cohere": FamilyRecord(
+        module="cohere",
+        models="Command-R, Command-R+, Command-R7B, Command-A",
+        architectures=("CohereForCausalLM", "Cohere2ForCausalLM"),
+    ),
+    "exaone4": FamilyRecord(
+        module="exaone", models="EXAONE 4", architectures=("Exaone4ForCausalLM",)
+    ),
+    "helium": FamilyRecord(module="llama", models="Helium", architectures=("HeliumForCausalLM",)),
+    "ernie4_5": FamilyRecord(
+        module="llama", models="ERNIE 4.5, dense", architectures=("Ernie4_5ForCausalLM",)
+    ),
+    "mixtral": FamilyRecord(
+        module="mixtral", models="Mixtral 8x7B, 8x22B", architectures=("MixtralForCausalLM",)
+    ),
+}
+ARCHITECTURES = {
+    architecture: name for name, record in FAMILIES.items() for architecture in record.architectures
+}

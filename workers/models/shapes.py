@@ -1,0 +1,116 @@
+"""The shape of every tensor that a checkpoint must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phalanx.protos.specs import DecoderSpec
+
+from .layout import PLAIN, Layouts
+from .naming import LayerNames, ModelNames
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(spec: DecoderSpec, names: ModelNames) -> Shapes:
+    """Row-major shapes by name; of a fused tensor, the whole."""
+    hidden = spec.hidden_size
+    found: Shapes = {
+        names.embedding: (spec.vocab_size, hidden),
+        names.head: (spec.vocab_size, hidden),
+    }
+    if names.head_bias is not None:
+        found[names.head_bias] = (spec.vocab_size,)
+    if spec.learned_positions:
+        found[names.positions] = (spec.max_context + spec.position_offset, hidden)
+    norms = [names.final_norm, *([names.embedding_norm] if spec.embedding_norm else [])]
+    for index in range(spec.num_layers):
+        layer = names.layer(index)
+        norms += norm_names(spec, layer)
+        found |= _projections(spec, layer, index, names.layouts)
+        found |= dict(_head_norms(spec, layer, names.layouts))
+    for name in norms:
+        if spec.norm_affine:
+            found[name] = (hidden,)
+        if spec.norm_bias:
+            found[bias_name(name)] = (hidden,)
+    return found
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias beside a norm's weight."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def norm_names(spec: DecoderSpec, layer: LayerNames) -> list[str]:
+    """The names of a layer's norms over the hidden states, in the order of their use."""
+    return {
+        "pre": [layer.input_norm, layer.post_norm],
+        "sandwich": [layer.input_norm, layer.attention_norm, layer.post_norm, layer.mlp_norm],
+        "post": [layer.attention_norm, layer.mlp_norm],
+        "parallel": [layer.input_norm],
+        "parallel_two": [layer.input_norm, layer.post_norm],
+    }[spec.block]
+
+
+def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layouts) -> Shapes:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    parts = [
+        ("query", layer.query, layer.query_bias, query, hidden),
+        ("key", layer.key, layer.key_bias, kv, hidden),
+        ("value", layer.value, layer.value_bias, kv, hidden),
+        ("output", layer.output, layer.output_bias, hidden, query),
+    ]
+    if spec.has_experts(index):
+        parts += _experts(spec, layer)
+    else:
+        if spec.gated_mlp:
+            parts.append(("gate", layer.gate, layer.gate_bias, inner, hidden))
+        parts.append(("up", layer.up, layer.up_bias, inner, hidden))
+        parts.append(("down", layer.down, layer.down_bias, hidden, inner))
+    found: Shapes = {}
+    for role, weight, bias, rows, columns in parts:
+        transposed = layouts.get(role, PLAIN).transposed
+        rows += found.get(weight, (0, 0))[1 if transposed else 0]  # fused: one after the other
+        found[weight] = (columns, rows) if transposed else (rows, columns)
+        if bias is not None:
+            found[bias] = (rows,)
+    return found
+
+
+def _experts(spec: DecoderSpec, layer: LayerNames) -> list[tuple[str, str, str | None, int, int]]:
+    if spec.experts is None:
+        return []
+    hidden, inner = spec.hidden_size, spec.experts.intermediate_size
+    parts: list[tuple[str, str, str | None, int, int]] = [
+        ("router", layer.router, None, spec.experts.num_experts, hidden)
+    ]
+    for expert in range(spec.experts.num_experts):
+        for role, name in (("expert_gate", layer.expert_gate), ("expert_up", layer.expert_up)):
+            parts.append((role, name.replace("{expert}", str(expert)), None, inner, hidden))
+        name = layer.expert_down.replace("{expert}", str(expert))
+        parts.append(("expert_down", name, None, hidden, inner))
+    if shared := spec.experts.shared_size:
+        parts.append(("shared_router", layer.shared_router, None, 1, hidden))
+        parts.append(("shared_gate", layer.shared_gate, None, shared, hidden))
+        parts.append(("shared_up", layer.shared_up, None, shared, hidden))
+        parts.append(("shared_down", layer.shared_down, None, hidden, shared))
+    return parts
+
+
+def _head_norms(
+    spec: DecoderSpec, layer: LayerNames, layouts: Layouts
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if spec.qk_norm == "none":
+        return
+    for name, heads in ((layer.query_norm, spec.num_heads), (layer.key_norm, spec.num_kv_heads)):
+        if spec.qk_norm == "width":
+            yield name, (heads * spec.head_dim,)
+        elif spec.qk_norm == "head":
+            yield name, (spec.head_dim,)
+        elif layouts.get("query_norm", PLAIN).heads_as_rows:
+            yield name, (heads, spec.head_dim)
+        else:
+            for head in range(heads):
+                yield name.replace("{head}", str(head)), (spec.head_dim,)
