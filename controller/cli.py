@@ -1,4 +1,4 @@
-"""The command `phalanx`: serve, generate, chat, bench, plan, status, demo."""
+"""The command `phalanx`: demo, serve, chat, generate, status, plan, models, bench."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from phalanx.protos.errors import ConfigError, InvalidArgument, ModelError, Phal
 from .commands.bench import bench
 from .commands.demo import demo
 from .commands.generate import chat, generate
+from .commands.models import models
 from .commands.plan import plan
 from .commands.serve import serve
 from .commands.status import status
@@ -73,7 +74,7 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, plan, bench):
+for command in (demo, serve, chat, generate, status, plan, models, bench):
     app.command()(command)
 
 

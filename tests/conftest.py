@@ -277,7 +277,7 @@ class LocalRun:
 def local_replica() -> Iterator[Callable[..., LocalRun]]:
     """Factory: `local_replica(model, tp=1, dtype="float32", **sizes) -> LocalRun`, all running.
 
-    sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching.
+    sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens.
     """
     with ExitStack() as stack:
 
@@ -300,6 +300,7 @@ def _local_run(
     max_tokens_per_step: int = 256,
     max_running: int = 64,
     prefix_caching: bool = True,
+    reserve_tokens: int = 128,
 ) -> LocalRun:
     from phalanx.controller.cluster.local_fleet import LocalFleet
     from phalanx.controller.kvcache.manager import KVCacheManager
@@ -340,6 +341,7 @@ def _local_run(
         max_queued=1024,
         max_context=model.max_context,
         eos_token_ids=model.eos_token_ids,
+        reserve_tokens=reserve_tokens,
     )
     cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
     scheduler = Scheduler(config, cache)

@@ -104,6 +104,7 @@ def start(
     tp: int,
     num_blocks: int = NUM_BLOCKS,
     dtype: DType = "float32",
+    kernels: str | None = None,
 ) -> list[Engine]:
     worker = WorkerSpec(
         checkpoint=str(checkpoint),
@@ -117,7 +118,7 @@ def start(
         device="cpu",
     )
     groups: list[TensorParallel] = [SingleRank()] if tp == 1 else list(ThreadRank.group(tp))
-    engines = [Engine(worker, group, select_backend("cpu")[0]) for group in groups]
+    engines = [Engine(worker, group, select_backend("cpu", kernels)[0]) for group in groups]
     for report in on_all_ranks(engines, lambda engine: engine.load()):
         assert report.weight_bytes == DTYPE_BYTES[dtype] * weight_parameters(spec, tp, report.rank)
     return engines
@@ -163,14 +164,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def difference(one_thread: None) -> Callable[..., float]:
-    """`difference(model, tp, checkpoint=model.folder)`: the largest of a log-probability.
+    """`difference(model, tp, checkpoint=..., kernels=...)`: the largest of a log-probability.
 
     Two prompts, longer than any window, are continued greedily by `tp` ranks. Asserts that every
     token is the one that `transformers` finds most likely.
     """
 
-    def compare(model: RandomModel, tp: int, checkpoint: Path | None = None) -> float:
-        outputs, tops = generate(start(checkpoint or model.folder, model.spec, tp))
+    def compare(
+        model: RandomModel, tp: int, checkpoint: Path | None = None, kernels: str | None = None
+    ) -> float:
+        folder = checkpoint or model.folder
+        outputs, tops = generate(start(folder, model.spec, tp, kernels=kernels))
         largest = 0.0
         for prompt, output, top in zip(PROMPTS, outputs, tops, strict=True):
             expected = model.logprobs(prompt + output)[:-1]

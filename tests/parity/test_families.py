@@ -5,12 +5,15 @@ Each model is small and of odd shapes: heads, columns and vocabulary do not divi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from phalanx.workers.checkpoint.source import open_checkpoint
 from phalanx.workers.models.families import ARCHITECTURES
@@ -118,6 +121,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", LLAMA | {"head_dim": 12}),
     "gpt_neox": ("GPTNeoXConfig", LLAMA | {"hidden_size": 96}),
     "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 6}),
+    "codegen": ("CodeGenConfig", GPT2 | {"n_embd": 80, "n_head": 8, "rotary_dim": 6}),
     "phi": ("PhiConfig", LLAMA),
     "olmo2": ("Olmo2Config", LLAMA),
     "cohere": ("CohereConfig", LLAMA | {"logit_scale": 0.3}),
@@ -140,6 +144,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmo3Config",
         LLAMA | {"num_hidden_layers": 3, "sliding_window": 9, "rope_parameters": OLMO3_ROPES,
                  "layer_types": [SLIDING, FULL, SLIDING]},
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        LLAMA | {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 33},
     ),
     "smollm3": ("SmolLM3Config", LLAMA | {"no_rope_layers": [1, 0]}),
     "granite": (
@@ -184,6 +192,12 @@ def test_tokens_and_probabilities_equal_transformers(
     random_model: Make, difference: Difference, name: str, tp: int
 ) -> None:
     assert difference(build(random_model, name), tp) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_torch_operators_alone(random_model: Make, difference: Difference, name: str) -> None:
+    """Where no kernels can be compiled."""
+    assert difference(build(random_model, name), 2, kernels="cpu-torch") < TOLERANCE
 
 
 @pytest.mark.slow
@@ -231,6 +245,30 @@ def test_saved_without_the_head(
     stored = open_checkpoint(tmp_path).names()
     assert not any(key.startswith(("transformer.", "model.")) for key in stored)
     assert difference(model, 2, tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("gpt2", "transformer.h.{}.attn."),
+        ("gptj", "transformer.h.{}.attn."),
+        ("gpt_neo", "transformer.h.{}.attn.attention."),
+        ("gpt_neox", "gpt_neox.layers.{}.attention."),
+    ],
+)
+def test_masks_of_older_checkpoints_are_left_alone(
+    random_model: Make, difference: Difference, tmp_path: Path, name: str, stem: str
+) -> None:
+    model = build(random_model, name)
+    shutil.copytree(model.folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(2):
+        mask = torch.ones(1, 1, CONTEXT, CONTEXT, dtype=torch.bool).tril()
+        tensors[stem.format(layer) + "bias"] = mask
+        tensors[stem.format(layer) + "masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, path)
+    assert difference(model, 2, path.parent) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", MODELS)

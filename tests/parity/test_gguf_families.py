@@ -41,6 +41,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 2, "tie_word_embeddings": True}
         | {"rope_parameters": YARN | {"original_max_position_embeddings": 16}},
     ),
+    "gemma": ("GemmaConfig", SHAPE | {"num_hidden_layers": 2}),
+    "gemma2": (
+        "Gemma2Config",
+        SHAPE
+        | {"num_hidden_layers": 3, "sliding_window": 9, "query_pre_attn_scalar": 10}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0},
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         SHAPE
@@ -94,8 +101,10 @@ def write(folder: Path, path: Path, architecture: str) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
-    gemma = architecture == "gemma3"
-    roles = GEMMA_NAMES if gemma else NAMES
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    gemma = architecture.startswith("gemma")
+    roles = GEMMA_NAMES if architecture in ("gemma2", "gemma3") else NAMES
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem, suffix = name.rsplit(".", 1)
         prefix, _, role = stem.removeprefix("model.layers.").partition(".")

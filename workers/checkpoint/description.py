@@ -18,10 +18,13 @@ GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-_GEMMA3_PERIOD = 6  # every sixth layer sees everything
-_GEMMA3_27B_LAYERS = 62  # the one size that scales its scores by the hidden size a head
+_FULL_EVERY = {"gemma2": 2, "gemma3": 6}  # so many layers, one sees everything
+_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B, which scales its scores otherwise
+_CAPS = {"gemma2": (50.0, 30.0), "gemma3": (0.0, 0.0)}  # of scores, of logits
 _SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -84,30 +87,34 @@ def describe_gguf(file: GgufFile) -> ModelDescription:
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "rope_parameters": {"rope_theta": theta, **_scaling(file, fields, theta, head_dim)},
     }
-    if fields.prefix == "gemma3":
-        config |= _gemma3(fields, config, head_dim)
+    if fields.prefix.startswith("gemma"):
+        config |= {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"}
+    if fields.prefix in _FULL_EVERY:
+        config |= _sliding_gemma(fields, config, head_dim)
     return ModelDescription(file.file, config)
 
 
-def _gemma3(fields: _Fields, config: dict[str, object], head_dim: int) -> dict[str, object]:
-    """What llama.cpp knows of Gemma 3 without being told by the file."""
-    largest = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+def _sliding_gemma(fields: _Fields, config: dict[str, object], head_dim: int) -> dict[str, object]:
+    """What llama.cpp knows of Gemma 2 and 3 without being told by the file."""
+    name = fields.prefix
+    largest = config["num_hidden_layers"] == _LARGEST[name]
     scalar = fields.integer("embedding_length") // fields.integer("attention.head_count")
-    local = fields.number("rope.freq_base_swa", 10000.0)
-    cap = fields.number("final_logit_softcapping", 0.0)
-    return {
-        "hidden_act": None,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": fields.integer("attention.sliding_window"),
-        "sliding_window_pattern": fields.integer(
-            "attention.sliding_window_pattern", _GEMMA3_PERIOD
-        ),
-        "query_pre_attn_scalar": scalar if largest else head_dim,
-        "final_logit_softcapping": cap or None,
-        "rope_parameters": {
-            "full_attention": config["rope_parameters"],
+    scores, logits = _CAPS[name]
+    ropes: object = config["rope_parameters"]
+    if name == "gemma3":
+        local = fields.number("rope.freq_base_swa", 10000.0)
+        ropes = {
+            "full_attention": ropes,
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        },
+        }
+    period = fields.integer("attention.sliding_window_pattern", _FULL_EVERY[name])
+    return {
+        "sliding_window": fields.integer("attention.sliding_window"),
+        "sliding_window_pattern": period,
+        "query_pre_attn_scalar": scalar if largest else head_dim,
+        "attn_logit_softcapping": fields.number("attn_logit_softcapping", scores) or None,
+        "final_logit_softcapping": fields.number("final_logit_softcapping", logits) or None,
+        "rope_parameters": ropes,
     }
 
 

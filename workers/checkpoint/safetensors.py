@@ -24,13 +24,19 @@ MAX_HEADER_BYTES = 32 * 1024 * 1024
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DIMENSIONS = 4
 DTYPES = {"F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<u2")}
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies. `offset` counts from the start of its file; `dtype` as in `DTYPES`."""
+    """Where a tensor lies. `offset` counts from the start of its file; `dtype` as stored."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -95,10 +101,20 @@ class SafetensorsFile:
         }
         _check_layout(self.tensors, 8 + size, len(self._bytes), self.file)
 
+    def dtype(self, name: str) -> tuple[str, str]:
+        """(name, numpy's name) of what `read` gives; masks and counters cannot be read."""
+        stored = self.tensors[name].dtype
+        if stored not in DTYPES:
+            raise ModelError(
+                f"{self.file}: tensor {name!r} has dtype {stored}, weights may have "
+                f"{', '.join(DTYPES)}"
+            )
+        return DTYPES[stored]
+
     def read(self, name: str, rows: slice | None, columns: slice | None) -> TensorSlice:
         """A view of the file; bfloat16 as its bits in uint16."""
+        dtype, view = self.dtype(name)
         tensor = self.tensors[name]
-        dtype, view = DTYPES[tensor.dtype]
         raw = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
         part = rectangle(raw.view(view).reshape(tensor.shape), rows, columns)
         return TensorSlice(np.require(part, requirements="A"), dtype)
@@ -119,15 +135,15 @@ def _entry(name: str, entry: object, start: int, file: str) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelError(f"{where} has dtype {dtype!r:.40}, allowed are {', '.join(DTYPES)}")
-    sizes = isinstance(shape, list) and 1 <= len(shape) <= MAX_DIMENSIONS
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ModelError(f"{where} has dtype {dtype!r:.40}, allowed are {', '.join(ITEM_BYTES)}")
+    sizes = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     if not sizes or not all(_is_size(size) and size for size in shape):
-        raise ModelError(f"{where} has shape {shape!r:.80}, 1 to 4 positive sizes are needed")
+        raise ModelError(f"{where} has shape {shape!r:.80}, at most 4 positive sizes are needed")
     pair = isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))
     if not pair or offsets[0] > offsets[1]:
         raise ModelError(f"{where} has data_offsets {offsets!r:.80}, [begin, end] is needed")
-    nbytes = math.prod(shape) * np.dtype(DTYPES[dtype][1]).itemsize
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise ModelError(
             f"{where} has {offsets[1] - offsets[0]} bytes, {dtype} {shape!r:.80} takes {nbytes}"

@@ -10,7 +10,7 @@ from phalanx.protos.errors import ModelError
 
 from .description import ModelDescription, describe_gguf
 from .gguf import GgufFile
-from .safetensors import DTYPES, SafetensorsFile, open_files, read_json
+from .safetensors import SafetensorsFile, open_files, read_json
 from .slices import TensorSlice
 
 __all__ = [
@@ -87,7 +87,7 @@ class SafetensorsCheckpoint:
 
     def dtype(self, name: str) -> str:
         """The dtype that `read` gives."""
-        return DTYPES[self._file(name).tensors[name].dtype][0]
+        return self._file(name).dtype(name)[0]
 
     def read(
         self, name: str, rows: slice | None = None, columns: slice | None = None
@@ -135,7 +135,7 @@ class GgufCheckpoint:
 
 
 def _check_readable(file: str, name: str, shape: tuple[int, ...]) -> None:
-    if len(shape) > 2:
+    if not 1 <= len(shape) <= 2:
         raise ModelError(f"{file}: tensor {name!r} has shape {shape}; 1-D and 2-D are supported")
 
 

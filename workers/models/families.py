@@ -51,8 +51,12 @@ FAMILIES = {
         kinds=_BOTH,
         limits="GGUF of the dense models only",
     ),
-    "gemma": FamilyRecord(module="gemma", models="Gemma 1", architectures=("GemmaForCausalLM",)),
-    "gemma2": FamilyRecord(module="gemma", models="Gemma 2", architectures=("Gemma2ForCausalLM",)),
+    "gemma": FamilyRecord(
+        module="gemma", models="Gemma 1", architectures=("GemmaForCausalLM",), kinds=_BOTH
+    ),
+    "gemma2": FamilyRecord(
+        module="gemma", models="Gemma 2", architectures=("Gemma2ForCausalLM",), kinds=_BOTH
+    ),
     "gemma3": FamilyRecord(
         module="gemma",
         models="Gemma 3, text",
@@ -108,11 +112,18 @@ FAMILIES = {
         module="neox", models="GPT-NeoX, Pythia", architectures=("GPTNeoXForCausalLM",)
     ),
     "gptj": FamilyRecord(module="gptj", models="GPT-J", architectures=("GPTJForCausalLM",)),
+    "codegen": FamilyRecord(module="gptj", models="CodeGen", architectures=("CodeGenForCausalLM",)),
     "olmo": FamilyRecord(module="olmo", models="OLMo 1", architectures=("OlmoForCausalLM",)),
     "olmo2": FamilyRecord(
         module="olmo",
         models="OLMo 2, OLMo 3",
         architectures=("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+    ),
+    "olmoe": FamilyRecord(
+        module="olmo",
+        models="OLMoE",
+        architectures=("OlmoeForCausalLM",),
+        limits="not with clip_qkv",
     ),
     "nemotron": FamilyRecord(
         module="nemotron", models="Nemotron-4, Minitron", architectures=("NemotronForCausalLM",)

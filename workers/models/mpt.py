@@ -1,4 +1,7 @@
-"""MPT: ALiBi with slopes of its own order, fused projections, no biases at all."""
+"""MPT: ALiBi with slopes of its own order, fused projections, no biases at all.
+
+The steepest slope follows `alibi_bias_max`, as in training; transformers takes 8 whatever it says.
+"""
 
 from __future__ import annotations
 

@@ -70,6 +70,9 @@ def rule(
         known = (*known, "short_factor", "long_factor")
     section.only([*_ROPE_ALWAYS, *known])
     base = section.number("rope_theta", config.number("rope_theta", theta))
+    if base <= 1:
+        reader = config if section.get("rope_theta") is None else section
+        raise reader.wrong("rope_theta", base, "numbers above 1")
     rotary_dim = _rotary_dim(section, config, head_dim, partial)
     numbers = _NUMBERS.get(scaling, _plain)(section, config, max_context, rotary_dim)
     return RopeSpec(theta=base, rotary_dim=rotary_dim, scaling=cast(Scaling, scaling), **numbers)
@@ -123,7 +126,7 @@ def _stretched(section: ConfigReader, *_: object) -> dict[str, Any]:
 
 def _original(section: ConfigReader, config: ConfigReader, max_context: int) -> int:
     # beside the section it wins over inside it, as in transformers
-    return config.integer(_ORIGINAL, section.integer(_ORIGINAL, max_context))
+    return config.integer(_ORIGINAL, section.integer(_ORIGINAL, max_context, least=2), least=2)
 
 
 def _llama3(

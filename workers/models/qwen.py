@@ -62,12 +62,9 @@ def _experts(config: ConfigReader, layers: int) -> ExpertSpec:
     )
 
 
-_EXPERT = standard.LAYER + "mlp.experts.{expert}."
-_STEMS = standard.STEMS | {
-    "router": standard.LAYER + "mlp.gate",
-    "expert_gate": _EXPERT + "gate_proj",
-    "expert_up": _EXPERT + "up_proj",
-    "expert_down": _EXPERT + "down_proj",
+_STEMS = {
+    **standard.STEMS,
+    **standard.EXPERT_STEMS,
     "shared_router": standard.LAYER + "mlp.shared_expert_gate",
     "shared_gate": standard.LAYER + "mlp.shared_expert.gate_proj",
     "shared_up": standard.LAYER + "mlp.shared_expert.up_proj",

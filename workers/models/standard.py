@@ -47,6 +47,9 @@ def decoder(
     hidden = config.integer("hidden_size")
     heads, kv_heads, head_dim = _heads(config, hidden, fields.pop("num_kv_heads", None))
     max_context = fields.pop("max_context", None) or config.integer("max_position_embeddings")
+    ties = config.flag("tie_word_embeddings", tied)
+    if ties and fields.get("head_bias"):
+        raise config.wrong("tie_word_embeddings", ties, "false with a bias on the head")
     read: dict[str, Any] = {}
     if "rope" not in fields:
         read["rope"] = rope(
@@ -69,7 +72,7 @@ def decoder(
         head_dim=head_dim,
         vocab_size=config.integer("vocab_size"),
         max_context=max_context,
-        tie_embeddings=config.flag("tie_word_embeddings", tied),
+        tie_embeddings=ties,
         **read,
         **fields,
     )
@@ -107,6 +110,12 @@ STEMS = {
     "gate": LAYER + "mlp.gate_proj",
     "up": LAYER + "mlp.up_proj",
     "down": LAYER + "mlp.down_proj",
+}
+EXPERT_STEMS = {
+    "router": LAYER + "mlp.gate",
+    "expert_gate": LAYER + "mlp.experts.{expert}.gate_proj",
+    "expert_up": LAYER + "mlp.experts.{expert}.up_proj",
+    "expert_down": LAYER + "mlp.experts.{expert}.down_proj",
 }
 GGUF_STEMS = {
     "input_norm": "blk.{layer}.attn_norm",

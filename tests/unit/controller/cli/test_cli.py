@@ -18,7 +18,7 @@ from phalanx.controller.config import DEFAULTS
 from phalanx.protos.errors import FieldViolation, GroupLost, InvalidArgument, Unavailable
 
 Run = Callable[..., Any]
-COMMANDS = ["demo", "serve", "chat", "generate", "status", "plan", "bench"]
+COMMANDS = ["demo", "serve", "chat", "generate", "status", "plan", "models", "bench"]
 
 
 def test_help_lists_the_commands_and_a_way_to_begin(run: Run) -> None:
@@ -247,3 +247,11 @@ def test_bench_refuses_before_it_connects(
 ) -> None:
     result = run("bench", *words)
     assert result.exit_code == 2 and text in result.stderr and clients == []
+
+
+def test_models_lists_every_family_with_its_formats() -> None:
+    text = run("models").stdout
+    assert "llama: Llama 1 to 3.3" in text
+    assert "(safetensors, gguf)" in text
+    for name in ("qwen3", "gemma3", "bloom", "falcon", "mixtral"):
+        assert f"{name}: " in text

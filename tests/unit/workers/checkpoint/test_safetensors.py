@@ -67,14 +67,16 @@ BAD = {
     "metadata": (build({"__metadata__": {"a": 1}}), "__metadata__"),
     "entry": (build({"t": 3}), "exactly dtype, shape and data_offsets"),
     "extra field": (build(one(more=1)), "exactly dtype"),
-    "dtype": (build(one(dtype="I64")), "'I64', allowed are F32, F16, BF16"),
-    "dtype object": (build(one(dtype=["F32"])), "allowed are F32"),
+    "dtype": (build(one(dtype="C64")), "'C64', allowed are BOOL, U8"),
+    "dtype object": (build(one(dtype=["F32"])), "allowed are BOOL"),
+    "dtype wide": (build(one(dtype="I64")), "takes 32"),
     "shape text": (build(one(shape="22")), "positive sizes"),
     "shape bool": (build(one(shape=[True, 4])), "positive sizes"),
     "shape negative": (build(one(shape=[-2, -2])), "positive sizes"),
     "shape zero": (build(one(shape=[0, 4], data_offsets=[0, 0]), b""), "positive sizes"),
     "shape float": (build(one(shape=[2.0, 2])), "positive sizes"),
-    "shape scalar": (build(one(shape=[])), "positive sizes"),
+    "shape scalar": (build(one(shape=[])), "takes 4"),
+    "shape deep": (build(one(shape=[1, 1, 1, 2, 2])), "at most 4 positive sizes"),
     "shape huge": (build(one(shape=[10**4000] * 4)), "positive sizes"),
     "overflow": (build(one(shape=[2**62, 4])), "takes"),
     "offsets order": (build(one(data_offsets=[16, 0])), "[begin, end]"),
@@ -85,6 +87,25 @@ BAD = {
     "hole": (build(one(data_offsets=[4, 20]), bytes(20)), "follows a hole"),
     "overlap": (build(one() | {"u": one(data_offsets=[8, 24])["t"]}, bytes(24)), "overlaps"),
 }
+
+
+def test_tensors_that_are_no_weights_may_lie_beside_them(tmp_path: Path) -> None:
+    tensors = {
+        "mask": torch.ones(1, 1, 3, 3, dtype=torch.bool),
+        "scalar": torch.tensor(-1e9),
+        "count": torch.tensor([7, 8]),
+        "weight": torch.arange(6.0).view(2, 3),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.shape("mask") == (1, 1, 3, 3) and checkpoint.shape("scalar") == ()
+    assert checkpoint.read("weight").array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    for name, message in (("count", "dtype I64, weights may have F32"), ("scalar", "shape \\(\\)")):
+        with pytest.raises(ModelError, match=message):
+            checkpoint.read(name)
+    with pytest.raises(ModelError, match="dtype BOOL"):
+        checkpoint.dtype("mask")
 
 
 @pytest.mark.parametrize("name", BAD)

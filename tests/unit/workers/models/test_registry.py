@@ -221,6 +221,7 @@ MPT = {"d_model": 72, "n_heads": 9, "n_layers": 2, "max_seq_len": 64}
         (family("MptForCausalLM", **MPT, no_bias=False), "no_bias is False"),
         (family("MptForCausalLM", **MPT, expansion_ratio=2), "expansion_ratio is 2"),
         (family("Starcoder2ForCausalLM", norm_type="rms_norm"), "norm_type is 'rms_norm'"),
+        (family("PhiForCausalLM", tie_word_embeddings=True), "false with a bias on the head"),
         (family("GPTJForCausalLM", rotary_dim=7), "rotary_dim is 7"),
         (family("Cohere2ForCausalLM", sliding_window=None), "sliding_window is missing"),
         (family("SmolLM3ForCausalLM", no_rope_layers=[1, 2]), "2 times 0 or 1"),
