@@ -249,7 +249,7 @@ def test_bench_refuses_before_it_connects(
     assert result.exit_code == 2 and text in result.stderr and clients == []
 
 
-def test_models_lists_every_family_with_its_formats() -> None:
+def test_models_lists_every_family_with_its_formats(run: Run) -> None:
     text = run("models").stdout
     assert "llama: Llama 1 to 3.3" in text
     assert "(safetensors, gguf)" in text
