@@ -10,11 +10,12 @@ import platform
 import socket
 
 import msgspec
-import psutil
 import ray
 
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.wire import Hello
+
+from .machine import cpu_count, fast_bfloat16, interface_of, memory_available, shared_memory_works
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,17 +61,16 @@ class RankActor:
             free, _ = torch.cuda.mem_get_info()
             device, memory, fast = torch.cuda.get_device_name(), free, True
         else:
-            flags = _cpu_flags()
-            device, memory = platform.processor() or platform.machine(), _available_memory()
-            fast = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+            device, memory = platform.processor() or platform.machine(), memory_available()
+            fast = fast_bfloat16()
         return NodeFacts(
             node=socket.gethostname(),
             address=ray.util.get_node_ip_address(),
-            cpu_count=os.cpu_count() or 1,
+            cpu_count=cpu_count(),
             memory_available=memory,
             device=device,
             fast_bfloat16=fast,
-            shared_memory=_shared_memory_works(),
+            shared_memory=shared_memory_works(),
         )
 
     def open_store(self, host: str) -> int:
@@ -80,7 +80,9 @@ class RankActor:
 
     def run(self, address: tuple[str, int], hello: Hello, rendezvous: Rendezvous) -> None:
         """Serve the step loop at `address` until it says stop."""
-        interface = _interface_of(rendezvous.host, ray.util.get_node_ip_address())
+        local = rendezvous.host.startswith("127.")
+        # collectives would guess an interface, and may guess one that peers do not reach
+        interface = interface_of(rendezvous.host if local else ray.util.get_node_ip_address())
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
 
         from phalanx.workers.group import build_engine
@@ -90,32 +92,3 @@ class RankActor:
             return build_engine(spec, self._rank, rendezvous, self._listener)
 
         serve_rank(address, hello, build)  # type: ignore[arg-type]
-
-
-def _interface_of(rendezvous_host: str, own_address: str) -> str:
-    """The network interface that peers reach us by; collectives must not guess another one."""
-    wanted = rendezvous_host if rendezvous_host.startswith("127.") else own_address
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == wanted for address in addresses):
-            return name
-    return "lo"
-
-
-def _shared_memory_works() -> bool:
-    """Ordered stores and a place for the segment: what `shared_memory.py` needs."""
-    return platform.machine() in ("x86_64", "AMD64") and os.path.isdir("/dev/shm")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            for line in lines:
-                if line.startswith(("flags", "Features")):
-                    return set(line.split(":", 1)[1].split())
-    except OSError:
-        return set()
-    return set()
-
-
-def _available_memory() -> int:
-    return int(psutil.virtual_memory().available)
