@@ -34,8 +34,16 @@ from .sampling.sampler import Sampled, Sampler, SampleRow
 class Engine:
     """A rank's model, cache and sequences. Plans come in order and are executed as they come."""
 
-    def __init__(self, spec: WorkerSpec, group: TensorParallel, backend: KernelBackend) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        group: TensorParallel,
+        backend: KernelBackend,
+        kernels: str | None = None,
+    ) -> None:
+        """kernels: for the load report, which backend this is and why; its name by default."""
         self._spec, self._group, self._backend = spec, group, backend
+        self._kernels = kernels or backend.name
         model = spec.model
         self._device = torch.device(spec.device)
         dtype = getattr(torch, spec.dtype)
@@ -76,7 +84,7 @@ class Engine:
             kv_bytes=self._cache.num_bytes,
             tensors_used=used,
             tensors_ignored=unused,
-            kernels=self._backend.name,
+            kernels=self._kernels,
         )
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
+from phalanx.kernels.fused import FusingBackend
 from phalanx.kernels.select import select_backend
 from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec
 
@@ -131,5 +132,9 @@ def build_engine(
     """The engine of one rank of a group."""
     if spec.device == "cpu":
         torch.set_num_threads(max(rendezvous.threads, 1))
-    backend, _ = select_backend(spec.device)
-    return Engine(spec, form_group(spec, rank, rendezvous, listener), backend)
+    backend, reason = select_backend(spec.device)
+    if isinstance(backend, FusingBackend):
+        # it brings its own threads; torch's, which spin while they wait, would fight with them
+        torch.set_num_threads(1)
+    group = form_group(spec, rank, rendezvous, listener)
+    return Engine(spec, group, backend, reason.removeprefix("kernels: "))

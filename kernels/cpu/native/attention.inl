@@ -16,152 +16,6 @@
 // tile without visible keys changes nothing. So a row's bits depend neither on its batch mates
 // nor on how its prompt was cut into chunks.
 
-struct AttentionScratch {
-    uint32_t* query;   // [rows, units] words
-    uint32_t* keys;    // [2, units, 32] words
-    float* values;     // [slices, 64, 32]
-    float* scores;     // [rows, 64]
-    float* part;       // [slices, rows, 32] sums of the current partition
-    float* total;      // [slices, rows, 32] sums of all before it
-    float* peak;       // [rows] maximum of the current partition, then of all before it [rows]
-    float* weight;     // [rows] sum of weights, the same two
-    uint32_t* row;     // [2 * units] one key, padded or widened
-};
-
-// Words of a query or key: pairs where both are bfloat16, else floats.
-INLINE bool in_pairs(const Attention& call) {
-    return call.type == kBf16 && call.pool_type == kBf16;
-}
-INLINE int64_t key_units(const Attention& call) {
-    return in_pairs(call) ? (call.dim + 1) / 2 : call.dim;
-}
-
-static int64_t attention_layout(const Attention& call, AttentionScratch* s, char* base) {
-    int64_t units = key_units(call), padded = round_up(call.dim, kPanel), used = 0;
-    int64_t rows = most(kQueryRows, call.heads / most(call.kv_heads, 1));
-    auto take = [&](int64_t words) {
-        char* p = base + used;
-        used += round_up(words * 4, 64);
-        return p;
-    };
-    AttentionScratch r;
-    r.query = (uint32_t*)take(rows * units);
-    r.keys = (uint32_t*)take(kKeys * units);
-    r.values = (float*)take(kKeys * padded);
-    r.scores = (float*)take(rows * kKeys);
-    r.part = (float*)take(rows * padded);
-    r.total = (float*)take(rows * padded);
-    r.peak = (float*)take(2 * rows);
-    r.weight = (float*)take(2 * rows);
-    r.row = (uint32_t*)take(kKeys * units);
-    if (s) *s = r;
-    return used;
-}
-static int64_t attention_scratch(const Attention& call) {
-    return attention_layout(call, nullptr, nullptr);
-}
-
-// One key or query as words; `spare` is used where they do not stand so in memory.
-static const uint32_t* as_words(const void* p, int32_t type, bool pairs, int64_t dim,
-                                uint32_t* spare) {
-    if (pairs && dim % 2 == 0) return (const uint32_t*)p;
-    if (pairs) {
-        spare[dim / 2] = 0;
-        std::memcpy(spare, p, dim * 2);
-        return spare;
-    }
-    if (type == kFloat) return (const uint32_t*)p;
-    convert(p, kBf16, dim, spare, kFloat);
-    return spare;
-}
-
-struct Pages {  // where the tokens of a sequence stand in one head's pool
-    const Attention& call;
-    const int32_t* blocks;
-    int64_t head;
-};
-
-struct Tile {  // keys [begin, end), and the first element of each in the pool
-    int64_t begin, end;
-    int64_t at[kKeys];
-
-    Tile(const Pages& pages, int64_t begin, int64_t end) : begin(begin), end(end) {
-        const Attention& call = pages.call;
-        int64_t block = begin / call.block_size, offset = begin % call.block_size;
-        for (int64_t j = 0; j < end - begin; block++, offset = 0) {
-            int64_t first = pages.blocks[block] * call.block_size;
-            int64_t base = pages.head * call.head_stride + (first + offset) * call.dim;
-            int64_t stop = least(end - begin, j + call.block_size - offset);
-            for (; j < stop; j++, base += call.dim) at[j] = base;
-        }
-    }
-    INLINE_MEMBER int64_t count() const { return end - begin; }
-};
-
-INLINE const char* element(const void* base, int32_t type, int64_t index) {
-    return (const char*)base + index * (type == kFloat ? 4 : 2);
-}
-
-// Keys [begin, end) of a tile -> panels [2][units][32]; keys from `end` on are left as they are,
-// since their scores are masked.
-static void pack_keys(const Attention& call, const Tile& tile, const AttentionScratch& s) {
-    int64_t units = key_units(call), count = tile.count();
-    bool pairs = in_pairs(call), in_place = pairs ? call.dim % 2 == 0 : call.pool_type == kFloat;
-    const uint32_t* rows[kKeys];
-    for (int64_t j = 0; j < round_up(count, kWidth); j++) {
-        const char* key = element(call.keys, call.pool_type, tile.at[least(j, count - 1)]);
-        rows[j] = in_place ? (const uint32_t*)key
-                           : as_words(key, call.pool_type, pairs, call.dim, s.row + j * units);
-    }
-    for (int64_t j = 0; j < round_up(count, kWidth); j += kWidth) {
-        uint32_t* panel = s.keys + (j / kPanel) * units * kPanel + j % kPanel;
-        int64_t u = 0;
-        for (; u + kWidth <= units; u += kWidth) transpose(rows + j, u, panel + u * kPanel, kPanel);
-        for (; u < units; u++) {
-            for (int lane = 0; lane < kWidth; lane++) panel[u * kPanel + lane] = rows[j + lane][u];
-        }
-    }
-}
-
-// Values [begin, end) of a tile -> panels of pairs of keys, [slices][64 / 2][32].
-static void pack_value_pairs(const Attention& call, const Tile& tile, uint32_t* out) {
-    const bf16* base = (const bf16*)call.values;
-    const bf16 none[kPanel] = {};
-    for (int64_t j = 0; j < tile.count(); j += 2) {
-        const bf16* first = base + tile.at[j];
-        bool paired = j + 1 < tile.count();
-        const bf16* second = paired ? base + tile.at[j + 1] : nullptr;
-        for (int64_t d = 0; d < call.dim; d += kPanel) {
-            uint32_t* place = out + (d / kPanel * kKeys + j) / 2 * kPanel;
-            if (d + kPanel <= call.dim) {
-                for (int64_t i = 0; i < kPanel; i += kWidth) {
-                    zip(first + d + i, paired ? second + d + i : none, place + i);
-                }
-                continue;
-            }
-            for (int64_t i = 0; i < kPanel; i++) {
-                bool inside = d + i < call.dim;
-                uint32_t low = inside ? first[d + i].bits : 0;
-                uint32_t high = inside && paired ? second[d + i].bits : 0;
-                place[i] = low | high << 16;
-            }
-        }
-    }
-}
-
-// Values [begin, end) of a tile -> float panels [slices][64][32].
-static void pack_values(const Attention& call, const Tile& tile, float* out) {
-    for (int64_t j = 0; j < tile.count(); j++) {
-        const char* row = element(call.values, call.pool_type, tile.at[j]);
-        for (int64_t d = 0; d < call.dim; d += kPanel) {
-            int64_t count = least(kPanel, call.dim - d);
-            float* place = out + (d / kPanel * kKeys + j) * kPanel;
-            convert(element(row, call.pool_type, d), call.pool_type, count, place, kFloat);
-            for (int64_t i = count; i < kPanel; i++) place[i] = 0.0f;
-        }
-    }
-}
-
 struct Row {  // a query row's place
     int64_t position, head;
 };
@@ -233,7 +87,8 @@ static void close_partition(const AttentionScratch& s, int64_t rows, int64_t sli
     for (int64_t r = 0; r < rows; r++) {
         float *part = s.part + r * kPanel, *total = s.total + r * kPanel;
         float top = s.peak[r] > s.peak[rows + r] ? s.peak[r] : s.peak[rows + r];
-        float new_scale = exponential(s.peak[r] - top), old_scale = exponential(s.peak[rows + r] - top);
+        float new_scale = exponential(s.peak[r] - top);
+        float old_scale = exponential(s.peak[rows + r] - top);
         for (int64_t slice = 0; slice < slices; slice++) {
             for (int64_t i = 0; i < kPanel; i += kWidth) {
                 int64_t at = slice * rows * kPanel + i;
@@ -258,7 +113,8 @@ static void multiply_rows(int64_t rows, const void* x_any, int64_t x_stride, con
     for (int64_t row = 0, step; row < rows; row += step) {
         step = next_rows(rows - row);
         if (onto) {  // out_stride is the panel's width: the sums are updated where they stand
-            tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, out + row * kPanel, true);
+            const Word* from = x + row * x_stride;
+            tile_of<Words>(step, from, x_stride, panel, units, out + row * kPanel, true);
             continue;
         }
         tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, sums, false);
@@ -269,14 +125,14 @@ static void multiply_rows(int64_t rows, const void* x_any, int64_t x_stride, con
 }
 
 // Sums += weights x values.
-static void mix_values(const Attention& call, const Tile& tile, const AttentionScratch& s,
-                       int64_t rows) {
+static void mix_values(const Attention& call, const Tile& tile, const Tile& next,
+                       const AttentionScratch& s, int64_t rows) {
     int64_t slices = (call.dim + kPanel - 1) / kPanel, count = tile.count();
     bool pairs = in_pairs(call);
     if (pairs) {
-        pack_value_pairs(call, tile, (uint32_t*)s.values);
+        pack_value_pairs(call, tile, next, (uint32_t*)s.values);
     } else {
-        pack_values(call, tile, s.values);
+        pack_values(call, tile, next, s.values);
     }
     for (int64_t slice = 0; slice < slices; slice++) {
         float* out = s.part + slice * rows * kPanel;
@@ -291,10 +147,10 @@ static void mix_values(const Attention& call, const Tile& tile, const AttentionS
     }
 }
 
-static void attend_tile(const Attention& call, const Tile& tile, const AttentionScratch& s,
-                        const Row* places, int64_t rows) {
+static void attend_tile(const Attention& call, const Tile& tile, const Tile& next,
+                        const AttentionScratch& s, const Row* places, int64_t rows) {
     int64_t units = key_units(call), slices = (call.dim + kPanel - 1) / kPanel;
-    pack_keys(call, tile, s);
+    pack_keys(call, tile, next, s);
     for (int64_t half = 0; half * kPanel < tile.count(); half++) {
         const uint32_t* panel = s.keys + half * units * kPanel;
         float* out = s.scores + half * kPanel;
@@ -310,7 +166,7 @@ static void attend_tile(const Attention& call, const Tile& tile, const Attention
         float* sums = s.part + r * kPanel;
         soften(scores, in_pairs(call), s.peak + r, s.weight + r, sums, rows, slices);
     }
-    mix_values(call, tile, s, rows);
+    mix_values(call, tile, next, s, rows);
 }
 
 // What a row's sums are multiplied by: 1 / all weights, the sink's among them.
@@ -337,18 +193,16 @@ static void write_output(const Attention& call, const AttentionScratch& s, const
     }
 }
 
-static void attention(const Attention& call, const Spans& spans, const AttentionUnit& unit,
-                      void* scratch) {
-    AttentionScratch s;
-    attention_layout(call, &s, (char*)scratch);
+// Fills the queries, places and empty sums of a unit; returns its rows.
+static int64_t begin_unit(const Attention& call, const Spans& spans, const AttentionUnit& unit,
+                          const AttentionScratch& s, Row* places) {
     int64_t group = call.heads / call.kv_heads, rows = (unit.end - unit.begin) * group;
     int64_t units = key_units(call), padded = round_up(call.dim, kPanel);
-    int64_t start = spans.start[unit.span], offset = spans.length[unit.span] - spans.num_query[unit.span];
-    Row places[kMostGroup];
+    int64_t offset = spans.length[unit.span] - spans.num_query[unit.span];
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = unit.begin + r / group, head = unit.head * group + r % group;
         places[r] = {offset + token, head};
-        int64_t at = (start + token) * call.query_stride + head * call.dim;
+        int64_t at = (spans.start[unit.span] + token) * call.query_stride + head * call.dim;
         uint32_t* place = s.query + r * units;
         const char* query = element(call.query, call.type, at);
         const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
@@ -358,14 +212,32 @@ static void attention(const Attention& call, const Spans& spans, const Attention
     }
     std::memset(s.part, 0, rows * padded * 4);
     std::memset(s.total, 0, rows * padded * 4);
+    return rows;
+}
+
+// `after` is the unit that this thread does next, or null.
+static void attention(const Attention& call, const Spans& spans, const AttentionUnit& unit,
+                      const AttentionUnit* after, void* scratch) {
+    AttentionScratch s;
+    attention_layout(call, &s, (char*)scratch);
+    Row places[kMostGroup];
+    int64_t rows = begin_unit(call, spans, unit, s, places);
+    int64_t slices = (call.dim + kPanel - 1) / kPanel;
     Pages pages{call, spans.blocks + spans.first[unit.span], unit.head};
-    int64_t stop = offset + unit.end;
-    int64_t seen = call.window ? most(offset + unit.begin - call.window + 1, 0) : 0;
-    for (int64_t begin = seen / kKeys * kKeys; begin < stop; begin += kKeys) {
-        attend_tile(call, Tile(pages, begin, least(begin + kKeys, stop)), s, places, rows);
-        if ((begin + kKeys) % kPartition == 0 || begin + kKeys >= stop) {
-            close_partition(s, rows, padded / kPanel);
+    Reach reach(call, spans, unit);
+    Tile tile = first_tile(call, spans, unit);
+    for (int64_t begin = reach.begin; begin < reach.end; begin += kKeys) {
+        int64_t stop = begin + kKeys;
+        Tile next;
+        if (stop < reach.end) {
+            next = Tile(pages, stop, least(stop + kKeys, reach.end));
+        } else if (after) {
+            next = first_tile(call, spans, *after);
         }
+        attend_tile(call, tile, next, s, places, rows);
+        if (stop % kPartition == 0 || stop >= reach.end) close_partition(s, rows, slices);
+        tile = next;
     }
-    write_output(call, s, places, rows, start + unit.begin, group);
+    write_output(call, s, places, rows, spans.start[unit.span] + unit.begin,
+                 call.heads / call.kv_heads);
 }

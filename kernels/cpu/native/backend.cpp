@@ -84,7 +84,8 @@ void attend(Backend& backend, Team& team, const Attention& call, const Spans& sp
     team.split(backend.units.size(), 1, [&](int64_t begin, int64_t end) {
         void* scratch = backend.scratch[team.thread].get(backend.isa->attention_scratch(call));
         for (int64_t i = begin; i < end; i++) {
-            backend.isa->attention(call, spans, backend.units[i], scratch);
+            const AttentionUnit* unit = &backend.units[i];
+            backend.isa->attention(call, spans, *unit, i + 1 < end ? unit + 1 : nullptr, scratch);
         }
     }, 16);  // units differ much: a prompt's last tokens see all the others
 }

@@ -39,7 +39,7 @@ INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 constexpr int64_t kPanel = 32;      // outputs whose weights stand side by side
 constexpr int64_t kKeys = 64;       // keys of one attention tile, at absolute positions
 constexpr int64_t kPartition = 512; // keys after which a fresh online softmax begins
-constexpr int64_t kQueryRows = 48;  // query rows (token x head of the group) of one tile, or one token
+constexpr int64_t kQueryRows = 48;  // query rows of one tile: tokens x heads, one token at least
 constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
 
 enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
@@ -112,7 +112,7 @@ struct Isa {
     void (*add_parts)(const float* const* parts, int64_t count, int64_t size, float* total);
     int64_t (*attention_scratch)(const Attention& call);  // bytes a thread needs
     void (*attention)(const Attention& call, const Spans& spans, const AttentionUnit& unit,
-                      void* scratch);
+                      const AttentionUnit* after, void* scratch);
     int64_t (*argmax)(const float* x, int64_t size);  // the first of several
 };
 

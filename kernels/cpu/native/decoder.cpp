@@ -68,7 +68,8 @@ struct Program {
         bool is_key = head < turned;
         int64_t kv_head = head - (is_key ? stack.heads : turned);
         int64_t place = kv_head * stack.head_stride + step.slots[row] * stack.dim;
-        char* out = (char*)(is_key ? layer.keys : layer.values) + place * type_bytes(stack.pool_type);
+        char* pool = (char*)(is_key ? layer.keys : layer.values);
+        char* out = pool + place * type_bytes(stack.pool_type);
         if (is_key) return turn(in, layer.key_norm, row, out, stack.pool_type);
         backend.isa->convert(in, kFloat, stack.dim, out, stack.pool_type);
     }

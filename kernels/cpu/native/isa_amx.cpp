@@ -31,7 +31,7 @@ struct Tiles {
         sum += from_bits(x & 0xffff0000u) * from_bits(w & 0xffff0000u);
     }
     static void add(int32_t& sum, uint32_t x, uint32_t w) {
-        for (int byte = 0; byte < 32; byte += 8) sum += (int)(x >> byte & 255) * (int8_t)(w >> byte);
+        for (int bit = 0; bit < 32; bit += 8) sum += (int)(x >> bit & 255) * (int8_t)(w >> bit);
     }
     const int64_t rows;
     Sum sums[2 * kTile * kPanel];
@@ -57,7 +57,8 @@ const Isa* isa_amx_imitated() {
 }
 // Nothing below may run on a machine without AMX.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("amx-tile,amx-bf16,amx-int8,avx512f")
 #endif
@@ -135,7 +136,8 @@ struct Tiles {
 #endif
 
 const Isa* isa_amx() {
-    static const Isa table = with_products("amx", isa_avx512_bf16(), amx::matmul_tiles<amx::Tiles<false>>,
+    static const Isa table = with_products("amx", isa_avx512_bf16(),
+                                           amx::matmul_tiles<amx::Tiles<false>>,
                                            amx::matmul_int8_tiles<amx::Tiles<true>>);
     return &table;
 }

@@ -1,4 +1,5 @@
 #include "matmul.inl"
 #include "rows.inl"
+#include "pages.inl"
 #include "attention.inl"
 #include "table.inl"
