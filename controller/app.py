@@ -15,7 +15,8 @@ from .cluster.sizing import check_shape
 from .config import ClusterConfig
 from .engine import AsyncEngine
 from .metrics import Metrics, MetricsServer
-from .model import ServedModel, resolve_model
+from .model import resolve_model
+from .openai.host import OpenAIHost
 from .server.host import GrpcHost
 from .server.service import InferenceService
 from .starting import ReplicaStarter
@@ -34,9 +35,11 @@ class RunningCluster:
         watching: asyncio.Task[None],
         address: str,
         metrics_address: str | None,
+        openai_url: str | None,
     ) -> None:
         self._stack, self._watching = stack, watching
         self.address, self.metrics_address = address, metrics_address
+        self.openai_url = openai_url
 
     async def wait(self) -> None:
         """Return never, as lost replicas are started again; raises what ended that, a defect."""
@@ -70,25 +73,29 @@ async def start_cluster(
         supervisor = Supervisor(engine, config.replicas, starter.start)
         stack.push_async_callback(supervisor.close)
         await supervisor.start_all()
-        host = await _start_host(config, served, engine, metrics, starter.dtype, stack)
+        service = InferenceService(engine, served, metrics, dtype=starter.dtype)
+        openai = None if config.openai_port is None else await _start_openai(config, service, stack)
+        host = await _start_host(config, service, stack)
         page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
-        host.set_serving(engine.serving)
-        engine.on_serving = host.set_serving
+
+        def set_serving(serving: bool) -> None:
+            host.set_serving(serving)
+            if openai is not None:
+                openai.set_serving(serving)
+
+        set_serving(engine.serving)
+        engine.on_serving = set_serving
         watching = asyncio.create_task(_watch(supervisor, engine, metrics))
         stack.push_async_callback(_cancelled, watching)
-        return RunningCluster(stack.pop_all(), watching, host.address, page)
+        url = None if openai is None else openai.url
+        return RunningCluster(stack.pop_all(), watching, host.address, page, url)
 
 
 async def _start_host(
-    config: ClusterConfig,
-    served: ServedModel,
-    engine: AsyncEngine,
-    metrics: Metrics,
-    dtype: str,
-    stack: AsyncExitStack,
+    config: ClusterConfig, service: InferenceService, stack: AsyncExitStack
 ) -> GrpcHost:
     host = GrpcHost(
-        InferenceService(engine, served, metrics, dtype=dtype),
+        service,
         host=config.host,
         port=config.port,
         tls_cert=config.tls_cert,
@@ -97,6 +104,25 @@ async def _start_host(
         token_file=config.token_file,
         insecure=config.insecure,
         reflection=config.reflection,
+    )
+    await host.start()
+    stack.push_async_callback(host.stop, DRAIN_S)
+    return host
+
+
+async def _start_openai(
+    config: ClusterConfig, service: InferenceService, stack: AsyncExitStack
+) -> OpenAIHost:
+    """Started before the gRPC server, whose stop, coming first, drains the requests of both."""
+    host = OpenAIHost(
+        service,
+        host=config.openai_host,
+        port=config.openai_port or 0,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        tls_client_ca=config.tls_client_ca,
+        token_file=config.token_file,
+        insecure=config.insecure,
     )
     await host.start()
     stack.push_async_callback(host.stop, DRAIN_S)

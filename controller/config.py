@@ -102,6 +102,12 @@ class ClusterConfig:
     metrics_port: int | None = _option(
         9400, "Its port; 0 takes a free one.", low=0, high=65535, unset="off", group="Listening"
     )
+    openai_host: str = _option(
+        "127.0.0.1", "Address that the OpenAI-compatible HTTP front binds.", group="Listening"
+    )
+    openai_port: int | None = _option(
+        None, "Its port; 0 takes a free one.", low=0, high=65535, unset="off", group="Listening"
+    )
     reflection: bool = _option(False, "Let gRPC tools list the service.", group="Listening")
 
     tls_cert: str | None = _option(
@@ -188,11 +194,15 @@ class ClusterConfig:
         if self.insecure:
             return wrong
         known = self.token_file is not None or self.tls_client_ca is not None
-        if not is_loopback(self.host) and not (self.tls_cert is not None and known):
-            wrong.append(
-                f"host is {self.host!r}, which other machines reach: allowed with tls_cert, tls_key "
-                "and one of token_file, tls_client_ca; or with insecure"
-            )
+        fronts = {"host": self.host}
+        if self.openai_port is not None:
+            fronts["openai_host"] = self.openai_host
+        for name, host in fronts.items():
+            if not is_loopback(host) and not (self.tls_cert is not None and known):
+                wrong.append(
+                    f"{name} is {host!r}, which other machines reach: allowed with tls_cert, "
+                    "tls_key and one of token_file, tls_client_ca; or with insecure"
+                )
         if self.metrics_needs_tls and self.tls_client_ca is None:
             wrong.append(
                 f"metrics_host is {self.metrics_host!r}, which other machines reach: allowed with "

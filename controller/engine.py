@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
 from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, Unavailable
 from phalanx.protos.sampling import SamplingParams
@@ -19,7 +19,9 @@ from phalanx.protos.specs import DecoderSpec
 
 from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
 from .handle import ReplicaHandle
-from .routing.router import Candidate, least_loaded
+from .kvcache.changes import PrefixUpdate
+from .routing.placer import Placement, Placer
+from .routing.router import Candidate
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import Stream
 
@@ -40,6 +42,7 @@ class AsyncEngine:
         self._by_name: dict[str, Stream] = {}
         self._live: dict[tuple[str, str], Stream] = {}
         self._homeless: dict[Stream, None] = {}
+        self._placer = Placer()
         self._first_ready = asyncio.Event()
         self.on_serving: Callable[[bool], None] = lambda serving: None
         """Called on the event loop when `serving` may have changed."""
@@ -51,6 +54,12 @@ class AsyncEngine:
     def sink(self, events: Sequence[TokenEvent]) -> None:
         """Events of a step; called on the step loops' threads."""
         self._call(self._deliver, events)
+
+    def prefix_sink(
+        self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate
+    ) -> None:
+        """Events of a step after which the replica's cached prefixes are others; as `sink`."""
+        self._call(self._take_prefixes, handle, events, update)
 
     def lost(self, handle: ReplicaHandle, error: GroupLost) -> None:
         """A replica is gone; called on its step loop's thread, after its last events."""
@@ -103,11 +112,12 @@ class AsyncEngine:
         """See `server.engine.Engine.submit`."""
         if (tenant, request_id) in self._live:
             raise AlreadyExists(f"request_id {request_id!r} is taken by a request that still runs")
-        handle = self._choose()
-        if handle is None:
-            raise Unavailable("no replica is ready")
         number, now = next(self._numbers), time.monotonic()
         stream = Stream(number, prompt_token_ids, params, tenant, now, deadline)
+        stream.request_id = request_id
+        handle = self._choose(stream)
+        if handle is None:
+            raise Unavailable("no replica is ready")
         self._live[tenant, request_id] = stream
         try:
             self._place(stream, handle)
@@ -141,22 +151,52 @@ class AsyncEngine:
         waiting = sum(replica.waiting_requests for replica in replicas)
         return ClusterSnapshot(replicas=replicas, queued_requests=waiting + len(self._homeless))
 
+    def placements(self) -> list[Placement]:
+        """Where the latest requests went and why, the oldest first; none with one replica."""
+        return self._placer.placements()
+
     # --- the inside ---
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _choose(self) -> ReplicaHandle | None:
-        """The live replica with the least to do."""
+    def _choose(self, stream: Stream) -> ReplicaHandle | None:
+        """The live replica that is predicted to give the stream its next token soonest."""
         serving = {handle.index: handle for handle in self.replicas if handle.serving}
         if not serving:
             return None
-        open_tokens = dict.fromkeys(serving, 0)
+        if len(serving) == 1:
+            (handle,) = serving.values()
+            stream.uncached_tokens = stream.known_tokens
+            return handle
+        decision = self._placer.choose(
+            stream.tenant,
+            stream.request_id,
+            stream.prompt_token_ids,
+            known_tokens=stream.known_tokens,
+            samples=stream.open_samples,
+            reads_cache=stream.reads_cache,
+            naming=next(iter(serving.values())).naming,
+            candidates=self._candidates(serving),
+        )
+        stream.uncached_tokens = decision.uncached_tokens
+        return serving[decision.index]
+
+    def _candidates(self, serving: Mapping[int, ReplicaHandle]) -> list[Candidate]:
+        """The replicas with what the streams placed there ask of them."""
+        placed: dict[int | None, list[Stream]] = {index: [] for index in serving}
         for stream in self._by_name.values():
-            if stream.replica in open_tokens:
-                open_tokens[stream.replica] += stream.open_tokens
-        return serving[least_loaded([Candidate(*item) for item in open_tokens.items()]).index]
+            if stream.replica in placed:
+                placed[stream.replica].append(stream)
+        return [
+            handle.candidate(
+                queue_tokens=sum(stream.uncached_tokens for stream in placed[index]),
+                streams=sum(stream.open_samples for stream in placed[index]),
+                output_tokens=sum(stream.output_left for stream in placed[index]),
+            )
+            for index, handle in serving.items()
+        ]
 
     def _place(self, stream: Stream, handle: ReplicaHandle) -> None:
         """Hand the stream's open samples to a replica, from where they stand."""
@@ -177,7 +217,7 @@ class AsyncEngine:
                 del self._homeless[stream]
             elif _suspect(stream) and suspect_runs:
                 continue
-            elif (handle := self._choose()) is not None:
+            elif (handle := self._choose(stream)) is not None:
                 del self._homeless[stream]
                 suspect_runs = suspect_runs or _suspect(stream)
                 self._place(stream, handle)
@@ -186,6 +226,7 @@ class AsyncEngine:
         if self._slots[handle.index] is not handle:
             return
         self._slots[handle.index] = None
+        self._placer.index.drop(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
@@ -231,6 +272,13 @@ class AsyncEngine:
                 stream.push(event)
                 if stream.finished:
                     del self._by_name[event.request_id]
+
+    def _take_prefixes(
+        self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate
+    ) -> None:
+        self._deliver(events)
+        if not self._placer.index.apply(handle.index, update):
+            handle.replica.list_prefixes()
 
     async def _canary(self, handle: ReplicaHandle) -> None:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)

@@ -9,17 +9,34 @@ from phalanx.protos.specs import DecoderSpec
 
 from .cluster.fleet import RankFacts
 from .cluster.snapshot import RankSnapshot, ReplicaSnapshot
+from .kvcache.prefix import PrefixNaming
 from .replica import Replica
+from .routing.pace import Pace, PaceMeter
+from .routing.router import Candidate
 
 
 class ReplicaHandle:
-    """The replica in slot `index`. block_tokens: tokens of a KV block."""
+    """The replica in slot `index`.
+
+    block_tokens: tokens of a KV block. namespace: of the prefixes that it caches, see
+    `KVCacheManager`. meter: observes its steps; None: its speed is unknown. places: samples that it
+    computes together at most; None: no bound.
+    """
 
     def __init__(
-        self, index: int, replica: Replica, ranks: Sequence[RankFacts], block_tokens: int
+        self,
+        index: int,
+        replica: Replica,
+        ranks: Sequence[RankFacts],
+        block_tokens: int,
+        *,
+        namespace: bytes = b"",
+        meter: PaceMeter | None = None,
+        places: int | None = None,
     ) -> None:
         self.index, self.replica = index, replica
-        self._ranks, self._block_tokens = tuple(ranks), block_tokens
+        self.naming = PrefixNaming(block_tokens, namespace)
+        self._ranks, self._meter, self._places = tuple(ranks), meter, places
         self.proven = False
         """Whether it has produced a canary token."""
 
@@ -33,6 +50,17 @@ class ReplicaHandle:
         """Whether it takes requests."""
         return self.proven and self.replica.lost is None
 
+    def candidate(self, *, queue_tokens: int, streams: int, output_tokens: int) -> Candidate:
+        """As the router sees it, but for what it has cached."""
+        return Candidate(
+            index=self.index,
+            queue_tokens=queue_tokens,
+            streams=streams,
+            output_tokens=output_tokens,
+            places=self._places,
+            pace=self._meter.pace if self._meter else Pace(),
+        )
+
     def snapshot(self, model: DecoderSpec) -> ReplicaSnapshot:
         """As of its last step."""
         stats = self.replica.stats()
@@ -45,7 +73,7 @@ class ReplicaHandle:
             waiting_requests=stats.waiting,
             kv_blocks_total=stats.blocks_total,
             kv_blocks_free=stats.blocks_free,
-            kv_block_tokens=self._block_tokens,
+            kv_block_tokens=self.naming.block_size,
             prefix_queried_tokens=stats.prefix_queried,
             prefix_hit_tokens=stats.prefix_hit,
             preemptions=stats.preemptions,

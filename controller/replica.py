@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from phalanx.protos.errors import GroupLost, PhalanxError
 
 from .cluster.fleet import Fleet
+from .kvcache.changes import PrefixUpdate
 from .observing import Observer, Silent, StepTimes
 from .scheduling.request import FinishReason, Request, TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerStats
@@ -36,7 +37,7 @@ class _InFlight:
 
 
 Sink = Callable[[Sequence[TokenEvent]], None]
-
+PrefixSink = Callable[[Sequence[TokenEvent], PrefixUpdate], None]
 
 _Command = Callable[[], Sequence[TokenEvent]]
 
@@ -54,13 +55,16 @@ class Replica:
         step_timeout_s: float,
         observer: Observer | None = None,
         on_lost: Callable[[GroupLost], None] = lambda error: None,
+        prefix_sink: PrefixSink | None = None,
     ) -> None:
-        """sink gets every step's events. on_lost is told why the loop has ended: whatever was not
-        finished before, and whatever is added later, gets no further events. Both are called on
+        """sink gets every step's events. prefix_sink gets them instead, where cached prefixes came
+        or went and the scheduler records that. on_lost is told why the loop has ended: whatever was not
+        finished before, and whatever is added later, gets no further events. All are called on
         the loop's thread."""
         self._scheduler, self._fleet, self._sink = scheduler, fleet, sink
         self._max_in_flight, self._step_timeout_s = max_in_flight, step_timeout_s
         self._observer, self._on_lost = observer or Silent(), on_lost
+        self._prefix_sink = prefix_sink
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._in_flight: deque[_InFlight] = deque()
         self._last_result: float | None = None
@@ -117,6 +121,15 @@ class Replica:
         """End a request, or one sample of it."""
         self._commands.put(lambda: self._scheduler.abort(request_id, sample_index, reason))
 
+    def list_prefixes(self) -> None:
+        """Let `prefix_sink` get a listing of all cached prefixes soon."""
+
+        def command() -> Sequence[TokenEvent]:
+            self._scheduler.list_prefixes()
+            return ()
+
+        self._commands.put(command)
+
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -142,7 +155,13 @@ class Replica:
         elif self._scheduler.has_work:
             events += self._take_commands(wait=True)
         self._stats = self._scheduler.stats()
-        if events:
+        self._hand_over(events)
+
+    def _hand_over(self, events: list[TokenEvent]) -> None:
+        update = None if self._prefix_sink is None else self._scheduler.drain_prefix_changes()
+        if self._prefix_sink is not None and update is not None:
+            self._prefix_sink(events, update)
+        elif events:
             self._sink(events)
 
     def _take_commands(self, *, wait: bool) -> list[TokenEvent]:

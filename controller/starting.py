@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -16,11 +17,14 @@ from .cluster.sizing import size_group
 from .config import ClusterConfig
 from .engine import AsyncEngine
 from .handle import ReplicaHandle
+from .kvcache.changes import PrefixUpdate
 from .kvcache.manager import KVCacheManager
 from .loading import LoadingDisplay
 from .model import ServedModel
 from .observing import Observer
 from .replica import Replica
+from .routing.pace import PaceMeter
+from .scheduling.request import TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerConfig
 
 
@@ -50,22 +54,36 @@ class ReplicaStarter:
         with LoadingDisplay(self._console, f"replica-{index}") as display:
             fleet, facts, memory = await asyncio.to_thread(self._start_group, epoch, display)
             display.account(facts, memory)
-        scheduler = self._make_scheduler(memory, epoch)
-        config = self._config
+        config, meter = self._config, PaceMeter(self._observer)
+        cache = self._make_cache(memory)
+        if config.replicas > 1:
+            cache.track_changes(epoch)
 
         def on_lost(error: GroupLost) -> None:
             self._engine.lost(handle, error)
 
+        def on_prefixes(events: Sequence[TokenEvent], update: PrefixUpdate) -> None:
+            self._engine.prefix_sink(handle, events, update)
+
         replica = Replica(
-            scheduler,
+            self._make_scheduler(cache, epoch),
             fleet,
             self._engine.sink,
             max_in_flight=config.max_in_flight,
             step_timeout_s=config.step_timeout_s,
-            observer=self._observer,
+            observer=meter,
             on_lost=on_lost,
+            prefix_sink=on_prefixes,
         )
-        handle = ReplicaHandle(index, replica, facts, config.block_size)
+        handle = ReplicaHandle(
+            index,
+            replica,
+            facts,
+            config.block_size,
+            namespace=cache.naming.namespace,
+            meter=meter,
+            places=config.max_running,
+        )
         replica.start()
         return handle
 
@@ -96,14 +114,17 @@ class ReplicaStarter:
         self._config = dataclasses.replace(config, dtype=spec.dtype, kv_dtype=spec.cache.dtype)
         return fleet, facts, memory
 
-    def _make_scheduler(self, memory: MemoryPlan, epoch: int) -> Scheduler:
-        config, served = self._config, self._served
-        cache = KVCacheManager(
+    def _make_cache(self, memory: MemoryPlan) -> KVCacheManager:
+        config = self._config
+        return KVCacheManager(
             memory.cache.num_blocks,
             memory.cache.block_size,
             prefix_caching=config.prefix_caching,
-            namespace=f"{served.checkpoint}:{config.dtype}:{config.kv_dtype}".encode(),
+            namespace=f"{self._served.checkpoint}:{config.dtype}:{config.kv_dtype}".encode(),
         )
+
+    def _make_scheduler(self, cache: KVCacheManager, epoch: int) -> Scheduler:
+        config, served = self._config, self._served
         limits = SchedulerConfig(
             max_tokens_per_step=config.max_tokens_per_step,
             max_running=config.max_running,

@@ -11,6 +11,7 @@ from phalanx.protos.sampling import SamplingParams
 from .scheduling.request import FinishReason, Request, TokenEvent
 
 CLEARED_AFTER_TOKENS = 8
+USUAL_OUTPUT = 256
 
 
 class Stream:
@@ -36,12 +37,18 @@ class Stream:
         self._outputs: dict[int, list[int]] = {index: [] for index in range(params.n)}
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
+        self.prompt_token_ids, self.tenant = self._prompt, tenant
+        self.request_id = ""
+        """The caller's name for it, if it has one."""
         self.samples = params.n
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
         self.losses = 0
         """Groups of ranks that died while they computed it, since it was last seen to be harmless."""
         self._since_placed = 0
+        self.uncached_tokens = 0
+        """Tokens that the replica has to compute before the next one comes, as far as is known; to
+        be set when it is placed."""
 
     @property
     def name(self) -> str:
@@ -60,9 +67,25 @@ class Stream:
         return self._attempt > 0
 
     @property
-    def open_tokens(self) -> int:
-        """Tokens that it may still cost: prompt and allowed output of the open samples."""
-        return len(self._prompt) + len(self._outputs) * self._params.max_tokens
+    def open_samples(self) -> int:
+        """Samples that have not had their last event."""
+        return len(self._outputs)
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that a replica must hold before it can go on: the prompt and the longest output."""
+        return len(self._prompt) + max(map(len, self._outputs.values()), default=0)
+
+    @property
+    def output_left(self) -> int:
+        """Tokens that the open samples may still generate; `USUAL_OUTPUT` each if unbounded."""
+        allowed = self._params.max_tokens or USUAL_OUTPUT
+        return sum(max(allowed - len(tokens), 1) for tokens in self._outputs.values())
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether cached blocks spare it anything: scored prompts are computed in any case."""
+        return self._params.prompt_logprobs is None
 
     def requests(self) -> list[Request]:
         """The open samples, from where they stand, as a new attempt."""
@@ -89,6 +112,8 @@ class Stream:
             return
         tokens += [token.token_id for token in event.tokens]
         self._since_placed += len(event.tokens)
+        if event.tokens:
+            self.uncached_tokens = 0
         if self._since_placed >= CLEARED_AFTER_TOKENS:
             self.losses = 0
         if event.finish is not None:

@@ -35,6 +35,8 @@ def serve(
 
     [bold]phalanx serve ./my-model --tp 4 --replicas 2 --port 8000[/bold]
 
+    [bold]phalanx serve smollm2 --openai-port 8000[/bold]  for clients of OpenAI's API, too
+
     [bold]phalanx serve --config cluster.toml[/bold]  the same names as the flags, with underscores
     """
     asyncio.run(serve_until_stopped(load_config(config, {"model": model} | flags)))
@@ -66,6 +68,8 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     catch_signals()  # again: Ray puts a handler of its own, which prints a stack, before ours
     try:
         console.print(f"[bold green]ready[/] on [bold]{cluster.address}[/]", soft_wrap=True)
+        if cluster.openai_url:
+            console.print(f"OpenAI's API on {cluster.openai_url}", soft_wrap=True)
         if cluster.metrics_address:
             scheme = "https" if config.metrics_needs_tls else "http"
             console.print(

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from phalanx.protos.steps import BlockCopy
 
 from .blocks import BlockPool, require
-from .prefix import DigestChain, PrefixIndex
+from .changes import ChangeLog, PrefixUpdate
+from .prefix import DigestChain, PrefixIndex, PrefixNaming
 
 
 @dataclass(slots=True)
@@ -62,10 +63,12 @@ class KVCacheManager:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens: both must be at least 1")
         self.block_size = block_size
-        self._prefix_caching, self._namespace = prefix_caching, namespace
+        self.naming = PrefixNaming(block_size, namespace)
+        self._prefix_caching = prefix_caching
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._tables: dict[int, _Table] = {}
+        self._log: ChangeLog | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -99,10 +102,7 @@ class KVCacheManager:
         """The digests of a tenant's tokens; None when prefix caching is off."""
         if not self._prefix_caching:
             return None
-        salt = tenant.encode("utf-8", "surrogatepass")
-        chain = DigestChain(self.block_size, self._namespace, salt)
-        chain.feed(token_ids)
-        return chain
+        return self.naming.chain(tenant, token_ids)
 
     def match(self, chain: DigestChain | None, num_tokens: int) -> list[int]:
         """The longest run of cached blocks at the start of the chain; changes nothing.
@@ -223,6 +223,19 @@ class KVCacheManager:
             block = self._index.forget(digest)
             if block is not None:
                 self._pool.free(block)
+
+    def track_changes(self, epoch: int) -> None:
+        """Record from now on which prefixes come and go, for `drain_changes`."""
+        self._log = self._index.track_changes(epoch)
+
+    def drain_changes(self) -> PrefixUpdate | None:
+        """The prefixes that came and went since the last call; None if there are none."""
+        return None if self._log is None else self._index.drain()
+
+    def list_prefixes(self) -> None:
+        """Let the next `drain_changes` list everything that is indexed."""
+        if self._log is not None:
+            self._log.ask_listing()
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for exactly once. O(blocks)."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from .blocks import require
+from .changes import ChangeLog, PrefixUpdate
 
 
 def _field(data: bytes) -> bytes:
@@ -58,6 +60,31 @@ class DigestChain:
         return chain
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixNaming:
+    """How prefixes are named: equal on two replicas exactly when their digests can be compared.
+
+    namespace: names what the KV entries depend on besides the tokens (the model); hashed in.
+    """
+
+    block_size: int
+    namespace: bytes
+
+    def chain(self, tenant: str, token_ids: Sequence[int] = ()) -> DigestChain:
+        """The digests of a tenant's tokens."""
+        salt = tenant.encode("utf-8", "surrogatepass")
+        chain = DigestChain(self.block_size, self.namespace, salt)
+        chain.feed(token_ids)
+        return chain
+
+    def walk(self, tenant: str, token_ids: Sequence[int]) -> Iterator[bytes]:
+        """The same digests one by one, each computed when it is asked for."""
+        chain, size = self.chain(tenant), self.block_size
+        for start in range(0, len(token_ids) // size * size, size):
+            chain.feed(token_ids[start : start + size])
+            yield chain.digests[-1]
+
+
 class PrefixIndex:
     """Digest -> block, and the unreferenced cached blocks from least to most recently used.
 
@@ -69,6 +96,16 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._log: ChangeLog | None = None
+
+    def track_changes(self, epoch: int) -> ChangeLog:
+        """Begin to record what comes and goes; the log is to be drained through `drain`."""
+        self._log = ChangeLog(epoch)
+        return self._log
+
+    def drain(self) -> PrefixUpdate | None:
+        """What came and went since the last call; None if nothing did, or nothing is recorded."""
+        return None if self._log is None else self._log.drain(lambda: self._block_of)
 
     @property
     def num_idle(self) -> int:
@@ -84,6 +121,8 @@ class PrefixIndex:
         if digest not in self._block_of:
             self._block_of[digest] = block
             self._digest_of[block] = digest
+            if self._log is not None:
+                self._log.record(digest, added=True)
 
     def holds(self, block: int) -> bool:
         """Whether the block is indexed."""
@@ -100,7 +139,10 @@ class PrefixIndex:
     def evict(self) -> int:
         """Forget the least recently used idle block and return it. Needs `num_idle` > 0."""
         block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._digest_of.pop(block)]
+        digest = self._digest_of.pop(block)
+        del self._block_of[digest]
+        if self._log is not None:
+            self._log.record(digest, added=False)
         return block
 
     def forget(self, digest: bytes) -> int | None:
@@ -109,6 +151,8 @@ class PrefixIndex:
         if block is None:
             return None
         del self._digest_of[block]
+        if self._log is not None:
+            self._log.record(digest, added=False)
         if block not in self._idle:
             return None
         del self._idle[block]

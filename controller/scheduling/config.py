@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from phalanx.protos.errors import ConfigError
 
@@ -29,6 +31,12 @@ class SchedulerConfig:
     """Growth of each running sample that an admission leaves room for. More means fewer
     preemptions, and fewer samples at a time."""
 
+    max_bypass: int = 1024
+    """Admissions from other tenants, past the first request of a tenant's line, that make that
+    request due whatever the tenants' shares. Lower is closer to taking turns by request."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of tenants that wait at the same time; a tenant that is not named has 1."""
+
     def __post_init__(self) -> None:
         lowest = {
             "max_running": 1,
@@ -37,9 +45,15 @@ class SchedulerConfig:
             "max_in_flight": 1,
             "max_preemptions": 0,
             "reserve_tokens": 0,
+            "max_bypass": 0,
             # each running sample computes one token per step, or it would stall
             "max_tokens_per_step": self.max_running,
         }
         for name, low in lowest.items():
             if (value := getattr(self, name)) < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        for tenant, weight in self.tenant_weights.items():
+            if not 0.0 < weight < math.inf:
+                raise ConfigError(
+                    f"tenant_weights: {tenant!r} has {weight}; it must be finite and above 0"
+                )

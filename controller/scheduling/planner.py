@@ -31,7 +31,7 @@ class StepPlanner:
 
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config, self._cache = config, cache
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(config.tenant_weights, config.max_bypass)
         self.running: dict[int, Sample] = {}
         """By attempt id."""
         self.dismissed: list[int] = []
@@ -130,6 +130,7 @@ class StepPlanner:
             if not sample.was_admitted and sample.fork_of is None:
                 self.last_queue_time = now - sample.request.arrival
                 self.queue_times.append(self.last_queue_time)
+                self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
             sample.was_admitted, sample.fork_of = True, None
             draft.new.append(sample.new_sequence())
             draft.add(sample, list(self._cache.table(sample.seq)))

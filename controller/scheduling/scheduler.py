@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from phalanx.controller.kvcache.blocks import require
+from phalanx.controller.kvcache.changes import PrefixUpdate
 from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.errors import (
     AlreadyExists,
@@ -207,6 +208,14 @@ class Scheduler:
         self._planner.queue_times.clear()
         return times
 
+    def drain_prefix_changes(self) -> PrefixUpdate | None:
+        """The cached prefixes that came and went since the last call, if they are recorded."""
+        return self._cache.drain_changes()
+
+    def list_prefixes(self) -> None:
+        """Let the next `drain_prefix_changes` list all cached prefixes."""
+        self._cache.list_prefixes()
+
     def stats(self) -> SchedulerStats:
         """Figures as of now. O(1)."""
         return SchedulerStats(
@@ -275,6 +284,7 @@ class Scheduler:
             run = sample.take_scores(scores.get(seq))
             if seq in tokens:
                 finish = sample.accept(tokens[seq])
+                self._planner.waiting.charge_output(sample.request.tenant, 1)
                 event = sample.event(tokens[seq], finish, scores=run)
                 yield event if finish is None else self._end(sample, event)
             elif run is not None:

@@ -22,6 +22,11 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._closed = False
         self._changed = asyncio.Event()
 
+    @property
+    def serving(self) -> bool:
+        """The state now."""
+        return bool(self._status == SERVING)
+
     def set_serving(self, serving: bool) -> None:
         """Change the state; without effect after `close`."""
         if not self._closed:

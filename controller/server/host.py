@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from phalanx.protos.errors import ConfigError
+from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
     MAX_CONCURRENT_CALLS,
     MAX_CONCURRENT_STREAMS,
@@ -19,6 +20,9 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .health import HealthService
 from .interceptors import Authentication, Containment
+from .kserve import SERVICE as OPEN_INFERENCE
+from .kserve import OpenInferenceService
+from .reflection import Descriptors
 from .security import DEFAULT_TENANT, TokenTable, check_exposure, server_credentials
 from .service import InferenceService
 
@@ -67,7 +71,8 @@ class GrpcHost:
         encrypted = self._credentials is not None
         check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
         service.identify = self._tenant
-        self._health = HealthService((SERVICE,))
+        self._health = HealthService((SERVICE, OPEN_INFERENCE))
+        self._open_inference = OpenInferenceService(service, lambda: self._health.serving)
         self._server: Any = None
         self._reflection = reflection
         self.address = ""
@@ -88,6 +93,8 @@ class GrpcHost:
         )
         add: Any = serving_pb2_grpc.add_InferenceServiceServicer_to_server
         add(self._service, server)
+        add = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+        add(self._open_inference, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
             self._add_reflection(server)
@@ -128,8 +135,11 @@ class GrpcHost:
     def _add_reflection(self, server: Any) -> None:
         from grpc_reflection.v1alpha import reflection
 
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (SERVICE, OPEN_INFERENCE, health, reflection.SERVICE_NAME)
+        # another software's messages of the same names may be in the default pool
+        pools = (open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool)
+        reflection.enable_server_reflection(names, server, Descriptors(pools))
 
     def _tenant(self, context: Any) -> str:
         if self._tokens is not None:

@@ -30,16 +30,20 @@ async def abort(context: Any, error: PhalanxError) -> NoReturn:
     raise error  # not reached: abort raises
 
 
-async def contain(context: Any, method: str, error: Exception) -> NoReturn:
-    """End the call because of a defect of ours.
+def logged_incident(method: str, error: Exception) -> str:
+    """What a caller is told of a defect of ours: an incident id.
 
-    The caller gets an incident id; the log gets where it happened, and not the error's text,
-    which may hold what users wrote.
+    The log gets where it happened, and not the error's text, which may hold what users wrote.
     """
     incident = secrets.token_hex(6)
     frames = "".join(traceback.format_tb(error.__traceback__))
     _log.error("incident %s in %s: %s\n%s", incident, method, type(error).__name__, frames)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error, incident {incident}")
+    return f"internal error, incident {incident}"
+
+
+async def contain(context: Any, method: str, error: Exception) -> NoReturn:
+    """End the call because of a defect of ours."""
+    await context.abort(grpc.StatusCode.INTERNAL, logged_incident(method, error))
     raise error  # not reached: abort raises
 
 

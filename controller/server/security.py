@@ -95,13 +95,28 @@ def server_credentials(
 
     Raises `ConfigError` for files that are missing, not PEM, or do not belong together.
     """
+    if server_context(tls_cert, tls_key, tls_client_ca) is None or not (tls_cert and tls_key):
+        return None
+    authority = None if tls_client_ca is None else _read(tls_client_ca, "tls_client_ca")
+    return grpc.ssl_server_credentials(
+        [(_read(tls_key, "tls_key"), _read(tls_cert, "tls_cert"))],
+        root_certificates=authority,
+        require_client_auth=authority is not None,
+    )
+
+
+def server_context(
+    tls_cert: str | None, tls_key: str | None, tls_client_ca: str | None
+) -> ssl.SSLContext | None:
+    """The same for a server of Python's own sockets."""
     if tls_cert is None or tls_key is None:
         if tls_cert or tls_key or tls_client_ca:
             raise ConfigError(
                 "tls_cert and tls_key are given together, tls_client_ca only with them"
             )
         return None
-    cert, key = _read(tls_cert, "tls_cert"), _read(tls_key, "tls_key")
+    _read(tls_cert, "tls_cert")
+    _read(tls_key, "tls_key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(tls_cert, tls_key, password="")
@@ -110,7 +125,6 @@ def server_credentials(
             f"tls_cert {tls_cert!r} and tls_key {tls_key!r} are not a certificate and its "
             "unencrypted private key in PEM"
         ) from None
-    authority = None
     if tls_client_ca is not None:
         authority = _read(tls_client_ca, "tls_client_ca")
         try:
@@ -119,19 +133,20 @@ def server_credentials(
             raise ConfigError(
                 f"tls_client_ca {tls_client_ca!r} holds no certificate in PEM"
             ) from None
-    return grpc.ssl_server_credentials(
-        [(key, cert)], root_certificates=authority, require_client_auth=authority is not None
-    )
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
-def check_exposure(host: str, *, encrypted: bool, authenticated: bool, insecure: bool) -> None:
+def check_exposure(
+    host: str, *, encrypted: bool, authenticated: bool, insecure: bool, field: str = "host"
+) -> None:
     """Refuse an address that other machines reach, unless callers are known and traffic is hidden.
 
-    Raises `ConfigError`.
+    field: the setting that `host` comes from. Raises `ConfigError`.
     """
     if is_loopback(host) or insecure or (encrypted and authenticated):
         return
     raise ConfigError(
-        f"host is {host!r}, which other machines reach: allowed with TLS and one of token_file, "
+        f"{field} is {host!r}, which other machines reach: allowed with TLS and one of token_file, "
         "tls_client_ca; or with insecure"
     )

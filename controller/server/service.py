@@ -7,7 +7,7 @@ import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from phalanx.controller.model import ServedModel
 from phalanx.controller.scheduling.request import TokenEvent
@@ -31,12 +31,23 @@ from .tokens import TokenTexts
 
 INLINE_BYTES = 4096
 THREADS = 2
+CLOCK_SLACK_S = 0.1
 
 Value = TypeVar("Value")
 
 
 def _anyone(context: Any) -> str:
     return DEFAULT_TENANT
+
+
+class Reader(Protocol):
+    """Whom a stream goes to: a gRPC call's context, or what another front has in its place."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds that the caller still waits; None for as long as it takes."""
+
+    async def write(self, message: Any) -> None:
+        """Send a message; returns when there is room for the next one."""
 
 
 class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
@@ -67,35 +78,57 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self.identify: Callable[[Any], str] = _anyone
         """The tenant behind a call's context; the host sets it."""
 
+    @property
+    def model_name(self) -> str:
+        """What the served model is called."""
+        return self._model.name
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
     # --- streams ---
 
     async def Generate(self, request: serving_pb2.GenerateRequest, context: Any) -> None:
         """Continue a prompt."""
-        await self._stream(
-            "Generate", request, context, self._admission.generate, serving_pb2.GenerateResponse
-        )
+        await self.generate(request, context, self.identify(context))
 
     async def Chat(self, request: serving_pb2.ChatRequest, context: Any) -> None:
         """Answer a conversation."""
-        await self._stream("Chat", request, context, self._admission.chat, serving_pb2.ChatResponse)
+        await self.chat(request, context, self.identify(context))
+
+    async def generate(
+        self, request: serving_pb2.GenerateRequest, reader: Reader, tenant: str
+    ) -> None:
+        """Write the `GenerateResponse`s of a request to `reader`. Cancelling this frees all that
+        the request holds, at once."""
+        await self._stream(
+            _Call("Generate", self._observer, reader, tenant),
+            request,
+            self._admission.generate,
+            serving_pb2.GenerateResponse,
+        )
+
+    async def chat(self, request: serving_pb2.ChatRequest, reader: Reader, tenant: str) -> None:
+        """The same for a conversation and its `ChatResponse`s."""
+        await self._stream(
+            _Call("Chat", self._observer, reader, tenant),
+            request,
+            self._admission.chat,
+            serving_pb2.ChatResponse,
+        )
 
     async def _stream(
-        self,
-        method: str,
-        request: Any,
-        context: Any,
-        admit: Callable[[Any], Admitted],
-        kind: type[Response],
+        self, call: _Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
     ) -> None:
         """One request from its arrival to its end, and its entry in the books."""
-        call = _Call(self._observer, context)
-        self._observer.on_start(method)
         try:
             self._check_open()
             admitted = await self._run(request, admit)
             self._check_open()
             call.prompt_tokens = len(admitted.prompt_token_ids)
-            await self._answer(admitted, context, call, kind)
+            await self._answer(admitted, call, kind)
         except PhalanxError as error:
             call.outcome = error.status.lower()
             raise
@@ -109,10 +142,8 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         if self._draining:
             raise Unavailable("the server is shutting down")
 
-    async def _answer(
-        self, admitted: Admitted, context: Any, call: _Call, kind: type[Response]
-    ) -> None:
-        tenant = self.identify(context)
+    async def _answer(self, admitted: Admitted, call: _Call, kind: type[Response]) -> None:
+        tenant = call.tenant
         answer = Answer(
             self._texts,
             admitted.params,
@@ -131,7 +162,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self._idle.clear()
         reading = asyncio.create_task(_read(events, answer))
         try:
-            await self._write(answer, context, call, kind, admitted.request_id)
+            await self._write(answer, call, kind, admitted.request_id)
         finally:
             # ends the request in the engine at once, whatever ended it here
             reading.cancel()
@@ -144,7 +175,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         call.outcome = answer.outcome
 
     async def _write(
-        self, answer: Answer, context: Any, call: _Call, kind: type[Response], request_id: str
+        self, answer: Answer, call: _Call, kind: type[Response], request_id: str
     ) -> None:
         """Send what there is until the answer is over. What comes in meanwhile is sent together."""
         while True:
@@ -152,7 +183,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             while (message := answer.take(kind, request_id)) is not None:
                 try:
                     async with asyncio.timeout(self._max_stall_s):
-                        await context.write(message)
+                        await call.reader.write(message)
                 except TimeoutError:
                     text = f"a message was not read for {self._max_stall_s:g} s"
                     raise ResourceExhausted(text, SLOW_RETRY_S) from None
@@ -238,20 +269,22 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 class _Call:
     """The books of one call; times are of the monotonic clock."""
 
-    def __init__(self, observer: Observer, context: Any) -> None:
+    def __init__(self, method: str, observer: Observer, reader: Reader, tenant: str) -> None:
+        self.reader, self.tenant = reader, tenant
         self._observer = observer
         self._began = self._last = time.monotonic()
         self._any = False
-        left = context.time_remaining()
+        left = reader.time_remaining()
         self.deadline = None if left is None else self._began + left
         self.prompt_tokens = 0
         self.answer: Answer | None = None
         self.outcome = "error"
+        observer.on_start(method)
 
     @property
     def late(self) -> bool:
-        """Whether the caller's deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        """Whether the caller's deadline has passed; its own clock may be a little ahead."""
+        return self.deadline is not None and time.monotonic() >= self.deadline - CLOCK_SLACK_S
 
     def sent(self, message: Response) -> None:
         """A message left."""

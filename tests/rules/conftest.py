@@ -33,7 +33,8 @@ def root() -> Path:
 
 def _modules(root: Path, folders: tuple[str, ...]) -> list[Module]:
     files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
-    kept = [path for path in files if path.parent != root / "protos" / "v1"]  # generated
+    generated = [root / "protos" / package for package in ("kserve", "v1")]
+    kept = [path for path in files if path.parent not in generated]
     texts = [path.read_text(encoding="utf-8") for path in kept]
     return [
         Module(str(path.relative_to(root)), text, ast.parse(text))

@@ -48,6 +48,7 @@ PACKAGES = {
 NARROWER = {
     "ray": ("controller/cluster/", "workers/actor.py"),
     "matplotlib": ("controller/benchmark/report.py",),
+    "aiohttp": ("controller/openai/",),
 }
 """Packages that only these files and folders use."""
 

@@ -69,13 +69,18 @@ def test_generated_code_is_fresh(root: Path, tmp_path: Path) -> None:
     from phalanx.protos.generate import generate
 
     generate(tmp_path)
-    folder = root / "protos" / "v1"
+    folder = root / "protos"
     kept = {
-        path.name: path.read_bytes()
+        path.relative_to(folder): path.read_bytes()
         for pattern in ("*_pb2.py", "*_pb2_grpc.py", "*.pyi")
-        for path in folder.glob(pattern)
+        for path in folder.rglob(pattern)
     }
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    made = {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert made == kept != {}
 
 
 def test_the_wheel_holds_the_rooms(root: Path, wheel: Path) -> None:

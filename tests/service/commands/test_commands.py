@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import openai
 import pytest
 
 PHALANX = [sys.executable, "-P", "-m", "phalanx.controller"]
@@ -36,7 +37,7 @@ def test_serve_and_everything_that_talks_to_it(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     words = ["serve", str(tiny_llama()), "--tp", "2", "--kv-tokens", "2048"]
-    words += ["--port", "0", "--metrics-port", "off"]
+    words += ["--port", "0", "--openai-port", "0", "--metrics-port", "off"]
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr:
         server = subprocess.Popen(
@@ -44,12 +45,30 @@ def test_serve_and_everything_that_talks_to_it(
         )
         try:
             address = ["--address", wait_ready(server)]
+            assert server.stdout is not None
+            openai_url = server.stdout.readline().split()[-1]
+            ask_openai(openai_url)
             use(address, tmp_path / "report.json")
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
         finally:
             server.kill()
     assert errors.read_text() == ""
+
+
+def ask_openai(url: str) -> None:
+    """A chat through the other front, which the same request always answers the same way."""
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+        (model,) = client.models.list().data
+        texts = [
+            client.chat.completions.create(
+                model=model.id, messages=[{"role": "user", "content": "The"}], max_tokens=8, seed=3
+            )
+            .choices[0]
+            .message.content
+            for _ in "ab"
+        ]
+        assert texts[0] == texts[1] != ""
 
 
 def use(address: list[str], report: Path) -> None:

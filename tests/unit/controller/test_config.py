@@ -168,6 +168,15 @@ def test_ways_to_open_an_address(fields: dict[str, Any]) -> None:
     assert ClusterConfig(model="smollm2", host="0.0.0.0", **fields).host == "0.0.0.0"
 
 
+def test_an_open_second_front_needs_the_same() -> None:
+    message = refusal(openai_host="0.0.0.0", openai_port=8000)
+    assert "openai_host is '0.0.0.0'" in message and " host is" not in message
+    for fields in ({"insecure": True}, {**TLS, "token_file": "token.txt"}):
+        config = ClusterConfig(model="m", openai_host="::", openai_port=8000, **fields)
+        assert config.openai_port == 8000
+    assert ClusterConfig(model="m", openai_host="0.0.0.0").openai_port is None  # not bound at all
+
+
 def test_open_metrics_need_mutual_tls() -> None:
     assert "metrics_host is '0.0.0.0'" in refusal(metrics_host="0.0.0.0", **TLS)
     open_page = ClusterConfig(

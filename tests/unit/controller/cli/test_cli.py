@@ -186,6 +186,13 @@ def test_serve_stops_in_order_at_a_signal(run: Run, cluster: Any) -> None:
     assert cluster.config.tp == 2
 
 
+def test_serve_says_where_every_front_is(run: Run, cluster: Any) -> None:
+    cluster.lost, cluster.openai_url = GroupLost("over"), "http://127.0.0.1:8000/v1"
+    told = run("serve", "smollm2", "--openai-port", "8000").stdout.splitlines()
+    assert "OpenAI's API on http://127.0.0.1:8000/v1" in told
+    assert (cluster.config.openai_host, cluster.config.openai_port) == ("127.0.0.1", 8000)
+
+
 def test_serve_says_what_ended_the_cluster(run: Run, cluster: Any) -> None:
     cluster.lost = GroupLost("rank 1 died")
     result = run("serve", "smollm2")

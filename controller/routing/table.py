@@ -1,0 +1,97 @@
+"""A table from 8-byte names to 4-byte values in about 14 bytes an entry."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+
+FILL = 256
+"""Entries of a bucket on average, at most."""
+
+
+class CompactTable:
+    """uint64 -> uint32 without an object for each entry. Names must be spread evenly.
+
+    Linear hashing (Litwin 1980) over sorted arrays: whenever the buckets hold more than `FILL`
+    entries on average, one of them, the next in turn, is split in two. There is no moment when
+    everything is moved, and a call costs a binary search and a short move of memory. The number of
+    buckets does not fall again; an empty one takes some 200 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._keys = [array("Q")]
+        self._values = [array("I")]
+        self._mask = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def get(self, key: int) -> int | None:
+        """The value, None if there is none."""
+        bucket = self._bucket(key)
+        keys = self._keys[bucket]
+        place = bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            return self._values[bucket][place]
+        return None
+
+    def set(self, key: int, value: int) -> None:
+        """Add an entry, or change its value."""
+        bucket = self._bucket(key)
+        keys, values = self._keys[bucket], self._values[bucket]
+        place = bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            values[place] = value
+            return
+        keys.insert(place, key)
+        values.insert(place, value)
+        self._count += 1
+        if self._count > len(self._keys) * FILL:
+            self._split()
+
+    def remove(self, key: int) -> None:
+        """Take an entry out. Precondition: it is there."""
+        bucket = self._bucket(key)
+        keys = self._keys[bucket]
+        place = bisect_left(keys, key)
+        del keys[place], self._values[bucket][place]
+        self._count -= 1
+
+    def replace_values(self, new: Mapping[int, int | None]) -> None:
+        """Change these values everywhere; entries whose new value is None leave. O(entries)."""
+        for bucket, values in enumerate(self._values):
+            if new.keys().isdisjoint(values):
+                continue
+            keys = self._keys[bucket]
+            kept = [
+                (key, now)
+                for key, value in zip(keys, values, strict=True)
+                if (now := new.get(value, value)) is not None
+            ]
+            self._count -= len(keys) - len(kept)
+            self._keys[bucket] = array("Q", [key for key, _ in kept])
+            self._values[bucket] = array("I", [value for _, value in kept])
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """All entries, for audits."""
+        for keys, values in zip(self._keys, self._values, strict=True):
+            yield from zip(keys, values, strict=True)
+
+    def _bucket(self, key: int) -> int:
+        bucket = key & self._mask
+        # not split yet: its entries are still where one bit less leads
+        return bucket if bucket < len(self._keys) else bucket & self._mask >> 1
+
+    def _split(self) -> None:
+        new = len(self._keys)
+        if new > self._mask:
+            self._mask = 2 * self._mask + 1
+        old = new & self._mask >> 1
+        pairs = list(zip(self._keys[old], self._values[old], strict=True))
+        halves = [[pair for pair in pairs if pair[0] & self._mask == goal] for goal in (old, new)]
+        self._keys[old], keys = (array("Q", [key for key, _ in half]) for half in halves)
+        self._values[old], values = (array("I", [value for _, value in half]) for half in halves)
+        self._keys.append(keys)
+        self._values.append(values)

@@ -1,0 +1,1 @@
+"""Protocol buffers of the Open Inference Protocol and the code generated from them."""
