@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .specs import DTYPE_BYTES, DecoderSpec
+from .specs import DTYPE_BYTES, DecoderSpec, LatentSpec
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits that exist at a time; a step that needs more computes them in turns."""
@@ -97,22 +97,52 @@ def weight_parameters(model: DecoderSpec, tp_size: int, rank: int) -> int:
     return layers + tables * part.vocab.size + positions + norms
 
 
+def weight_bytes(model: DecoderSpec, tp_size: int, rank: int, dtype: str) -> int:
+    """Bytes of the weights that one rank holds; what corrects a choice of experts is float32."""
+    size = DTYPE_BYTES[dtype]
+    experts, wide = model.experts, 0
+    if experts is not None and experts.corrected:
+        wide = experts.num_experts * len(experts.layers)
+    return size * weight_parameters(model, tp_size, rank) + (4 - size) * wide
+
+
 def _norm_parameters(model: DecoderSpec) -> int:
     return model.hidden_size * (model.norm_affine + model.norm_bias)
 
 
-def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
+def _attention_parameters(model: DecoderSpec, part: RankCut) -> int:
     hidden, dim = model.hidden_size, model.head_dim
     query, kv = part.heads.query.size * dim, part.heads.kv.size * dim
     total = hidden * (query + 2 * kv) + query * hidden
     total += model.attention_bias * (query + 2 * kv) + model.output_bias * hidden
     if model.qk_norm != "none":
         total += 2 * dim if model.qk_norm == "head" else query + kv
+    return total
+
+
+def _latent_parameters(model: DecoderSpec, latent: LatentSpec, heads: int) -> int:
+    hidden, dim, rotated = model.hidden_size, model.head_dim, model.rotary_dim
+    rank = latent.query_rank
+    total = rank * (hidden + 1) + heads * dim * (rank or hidden)
+    total += latent.kv_rank * (hidden + 1) + rotated * hidden
+    total += heads * (dim - rotated + latent.value_dim) * latent.kv_rank
+    return total + heads * latent.value_dim * hidden
+
+
+def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
+    hidden = model.hidden_size
+    if model.latent is None:
+        total = _attention_parameters(model, part)
+    else:
+        total = _latent_parameters(model, model.latent, part.heads.query.size)
     norms = {"pre": 2, "sandwich": 4, "post": 2, "parallel": 1, "parallel_two": 2}[model.block]
     total += norms * _norm_parameters(model)
     if model.experts is not None and model.has_experts(layer):
         experts = model.experts
-        shared = hidden * (1 + 3 * part.shared.size) if experts.shared_size else 0
+        shared = 0
+        if experts.shared_size:
+            shared = hidden * (experts.shared_gated + 3 * part.shared.size)
+        shared += experts.num_experts * experts.corrected
         return total + experts.num_experts * hidden * (1 + 3 * part.experts.size) + shared
     projections = 1 + model.gated_mlp
     total += (projections + 1) * hidden * part.mlp.size

@@ -44,8 +44,32 @@ class ExpertSpec(msgspec.Struct, frozen=True, kw_only=True):
     renormalize: bool
     """The chosen experts' weights are scaled to a sum of 1."""
     shared_size: int = 0
-    """Columns of one more expert that every token goes through, weighted by a gate of its own."""
+    """Columns of one more expert that every token goes through."""
+    shared_gated: bool = True
+    """The shared expert is weighted by a gate of its own."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    corrected: bool = False
+    """A stored number for each expert is added to its score for the choice, not to its weight."""
+    groups: int = 1
+    """Experts stand in so many groups of equal size, of which a token chooses among
+    `groups_per_token`, those with the greatest sums of their `group_best` best scores."""
+    groups_per_token: int = 1
+    group_best: int = 1
+    scale: float = 1.0
+    """Of the chosen experts' weights, after they are renormalized."""
     layers: tuple[int, ...]
+
+
+class LatentSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Multi-head latent attention (DeepSeek-AI 2024, section 2.1): keys and values of all heads
+    are made from one small vector a token. A head's rotated elements, `RopeSpec.rotary_dim`, come
+    first; a key's are the same in all heads."""
+
+    query_rank: int = 0
+    """Size of the vector that queries are made from; 0 = from the hidden states."""
+    kv_rank: int
+    value_dim: int
+    """Elements of a value head, at most `head_dim`; the pool holds zeros behind them."""
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"]
@@ -115,6 +139,7 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     gated_mlp: bool = True
     """down(act(gate(x)) * up(x)), else down(act(up(x)))."""
     experts: ExpertSpec | None = None
+    latent: LatentSpec | None = None
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     residual_scale: float = 1.0
@@ -125,6 +150,11 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     def window(self, layer: int) -> int:
         """Tokens that layer `layer` sees, 0 = all."""
         return self.windows[layer] if self.windows else 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of a head that are rotated."""
+        return self.rope.rotary_dim if self.rope else 0
 
     def rope_of(self, layer: int) -> RopeSpec | None:
         """The rotation of layer `layer`."""

@@ -23,6 +23,7 @@ from phalanx.protos.specs import DecoderSpec
 
 from .batch import Batch
 from .cache import LayerCache
+from .layers.attention import Attention
 from .layers.block import DecoderLayer
 from .layers.mlp import GatedMLP
 from .layers.norm import Norm
@@ -54,6 +55,7 @@ def is_plain(model: DecoderSpec) -> bool:
         and model.gated_mlp
         and model.activation == "silu"
         and model.experts is None
+        and model.latent is None
     )
 
 
@@ -106,7 +108,9 @@ class FusedLayers:
 def _plain(layer: DecoderLayer, pages: LayerCache) -> PlainLayer:
     attention, mlp, norms = layer.attention, layer.mlp, layer.norms
     input_norm, post_norm = norms["input_norm"].weight, norms["post_norm"].weight
-    if not isinstance(mlp, GatedMLP) or input_norm is None or post_norm is None:
+    if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP):
+        raise TypeError("not a plain layer")
+    if input_norm is None or post_norm is None:
         raise TypeError("not a plain layer")
     query_norm, key_norm = attention.head_norms
     return PlainLayer(

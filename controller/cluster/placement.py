@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from phalanx.protos.errors import ConfigError
-from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, kv_bytes_per_token, weight_parameters
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, kv_bytes_per_token, weight_bytes
 from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType
 
 HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
@@ -86,13 +86,17 @@ def activation_bytes(
     with S = min(T, 64). The first is hidden states, angles and indices, with the larger of the two
     blocks; the others are the logits as the head gives them, their float32 copies, and what is
     worked out in pieces. Blocks that keep their input need one hidden state more, a sliding window
-    a mask of T^2 bytes, and scores that are capped or biased 12 bytes each, a piece at a time. Of
-    the pages that attention gathers, no more are counted than the step has tokens.
+    a mask of T^2 bytes, latent attention its small vectors, and scores that are capped or biased 12
+    bytes each, a piece at a time. Of the pages that attention gathers, no more are counted than the
+    step has tokens.
     """
     part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[dtype]
     query = part.heads.query.size * model.head_dim
     kv = part.heads.kv.size * model.head_dim
-    block = max(QUERY_COPIES * query + KV_COPIES * kv, INNER_COPIES * part.mlp.size)
+    attention = QUERY_COPIES * query + KV_COPIES * kv
+    if model.latent is not None:
+        attention += model.latent.query_rank + 2 * model.latent.kv_rank + model.rotary_dim
+    block = max(attention, INNER_COPIES * part.mlp.size)
     block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post"))
     angles = sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
     elements = HIDDEN_COPIES * model.hidden_size + angles + block
@@ -177,7 +181,7 @@ def _fixed(
     """What a rank holds before there is a cache."""
     return RankMemory(
         rank=rank,
-        weights=weight_parameters(model, tp_size, rank) * DTYPE_BYTES[dtype],
+        weights=weight_bytes(model, tp_size, rank, dtype),
         # cos and sin of half the rotated dimensions, in the model's dtype
         rope_table=model.max_context
         * sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)

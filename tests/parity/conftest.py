@@ -15,8 +15,8 @@ from torch import Tensor
 
 from phalanx.kernels.select import select_backend
 from phalanx.protos.sampling import SamplingParams
-from phalanx.protos.shards import weight_parameters
-from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType, WorkerSpec
+from phalanx.protos.shards import weight_bytes
+from phalanx.protos.specs import CacheSpec, DecoderSpec, DType, WorkerSpec
 from phalanx.protos.steps import NewSequence, Row, StepPlan, TokenLogprob
 from phalanx.workers.engine import Engine
 from phalanx.workers.models.registry import describe
@@ -78,6 +78,9 @@ def _save(folder: Path, kind: str, fields: dict[str, Any]) -> RandomModel:
                 parameter.normal_(0, 0.2, generator=generator)
             else:
                 parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5, generator=generator)
+        for label, buffer in model.named_buffers():
+            if "correction" in label:
+                buffer.normal_(0, 0.2, generator=generator)
     model.tie_weights()
     model.save_pretrained(folder)
     spec = describe(json.loads((folder / "config.json").read_text()))
@@ -120,7 +123,7 @@ def start(
     groups: list[TensorParallel] = [SingleRank()] if tp == 1 else list(ThreadRank.group(tp))
     engines = [Engine(worker, group, select_backend("cpu", kernels)[0]) for group in groups]
     for report in on_all_ranks(engines, lambda engine: engine.load()):
-        assert report.weight_bytes == DTYPE_BYTES[dtype] * weight_parameters(spec, tp, report.rank)
+        assert report.weight_bytes == weight_bytes(spec, tp, report.rank, dtype)
     return engines
 
 

@@ -58,6 +58,27 @@ OLMO3_ROPES = {
 }
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 QWEN_EXPERTS = EXPERTS | {"moe_intermediate_size": 33, "head_dim": 10}
+LATENT = LLAMA | {
+    "hidden_size": 55,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 13,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "rms_norm_eps": 1e-2,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 17,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
+LATENT_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", LLAMA),
     "qwen2-window": (
@@ -174,6 +195,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         LLAMA | QWEN_EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [1]},
     ),
+    "deepseek-v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy"}),
+    "deepseek-v2-lite": (
+        "DeepseekV2Config",
+        LATENT | {"q_lora_rank": None, "topk_method": "greedy", "rope_parameters": LATENT_YARN},
+    ),
+    "deepseek-v3": ("DeepseekV3Config", LATENT | {"rope_parameters": LATENT_YARN}),
+    "deepseek-v3-other": (
+        "DeepseekV3Config",
+        LATENT | {"q_lora_rank": None, "norm_topk_prob": False, "first_k_dense_replace": 0,
+                  "v_head_dim": 14, "n_group": 2, "topk_group": 1},
+    ),
+    "deepseek-v3-dense": ("DeepseekV3Config", LATENT | {"first_k_dense_replace": 3}),
 }  # fmt: skip
 
 
@@ -268,6 +301,16 @@ def test_masks_of_older_checkpoints_are_left_alone(
         tensors[stem.format(layer) + "bias"] = mask
         tensors[stem.format(layer) + "masked_bias"] = torch.tensor(-1e9)
     save_file(tensors, path)
+    assert difference(model, 2, path.parent) < TOLERANCE
+
+
+def test_layers_that_predict_further_tokens_are_left_alone(
+    random_model: Make, difference: Difference, tmp_path: Path
+) -> None:
+    model = build(random_model, "deepseek-v3")
+    shutil.copytree(model.folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.3.eh_proj.weight": torch.ones(55, 110)}, path)
     assert difference(model, 2, path.parent) < TOLERANCE
 
 

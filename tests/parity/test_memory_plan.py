@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -210,3 +211,33 @@ def test_small_untied_llama(
         max_running=4,
         kv_tokens=1024,
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tp_size", "rank"), [(1, 0), (2, 1), (3, 0)])
+def test_latent_attention(
+    tiny_llama: Callable[..., Path],
+    random_model: Callable[..., Any],
+    dtype: str,
+    tp_size: int,
+    rank: int,
+) -> None:
+    """Every width is a multiple of 64 on every rank, as above."""
+    made = random_model(
+        "DeepseekV3Config",
+        hidden_size=384,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        q_lora_rank=192,
+        kv_lora_rank=128,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=768,
+        vocab_size=1152,
+        num_hidden_layers=3,
+        first_k_dense_replace=3,
+        max_position_embeddings=512,
+    )
+    served = replace(resolve_model(str(tiny_llama())), checkpoint=str(made.folder), spec=made.spec)
+    check(served, dtype, tp_size, rank, max_tokens_per_step=256, max_running=4, kv_tokens=1024)

@@ -17,6 +17,7 @@ from phalanx.workers.parallel import TensorParallel
 
 from .attention import Attention
 from .experts import ExpertsMLP
+from .latent import LatentAttention
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import GatedMLP, PlainMLP
 from .norm import Norm, Normalize
@@ -64,7 +65,8 @@ class DecoderLayer:
         }
         parallel = model.block in ("parallel", "parallel_two")
         place = (group, backend, dtype, device)
-        self.attention = Attention(
+        attention = Attention if model.latent is None else LatentAttention
+        self.attention: Attention | LatentAttention = attention(
             model, part.heads, names, *place, layer=layer, layouts=layouts, reduce=not parallel
         )
         self.mlp: GatedMLP | PlainMLP | ExpertsMLP

@@ -37,10 +37,16 @@ class ExpertsMLP:
     ) -> None:
         self._backend, self._activation = backend, model.activation
         self._group, self._reduce = group, reduce
-        self._chosen, self._renormalize = experts.per_token, experts.renormalize
+        self._experts = experts
         hidden = model.hidden_size
         every = [Output(names.router, Span(0, experts.num_experts))]
         self.router = ColumnParallelLinear(hidden, every, dtype, device)
+        self._pieces: list[Piece] = []
+        self._correction: Tensor | None = None
+        if experts.corrected:
+            # float32 always: these differ by less than a narrow dtype tells apart
+            self._correction = torch.empty(experts.num_experts, device=device)
+            self._pieces.append(Piece(names.router_correction, self._correction))
         self.gate_up: list[ColumnParallelLinear] = []
         self.down: list[RowParallelLinear] = []
 
@@ -56,8 +62,9 @@ class ExpertsMLP:
             add(part.experts, *(name.replace("{expert}", str(expert)) for name in stored))
         self.shared_router: ColumnParallelLinear | None = None
         if experts.shared_size:
-            one = [Output(names.shared_router, Span(0, 1))]
-            self.shared_router = ColumnParallelLinear(hidden, one, dtype, device)
+            if experts.shared_gated:
+                one = [Output(names.shared_router, Span(0, 1))]
+                self.shared_router = ColumnParallelLinear(hidden, one, dtype, device)
             add(part.shared, names.shared_gate, names.shared_up, names.shared_down)
 
     @property
@@ -70,22 +77,42 @@ class ExpertsMLP:
     @property
     def pieces(self) -> list[Piece]:
         """What the checkpoint must fill beside the linear layers."""
-        return []
+        return self._pieces
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank once reduced."""
-        weights, chosen = self.router(x).float().softmax(-1).topk(self._chosen, dim=-1)
-        if self._renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = choose(self.router(x).float(), self._experts, self._correction)
         weights = weights.to(x.dtype)
         total = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             output = self._expert(expert, x[rows])
             total.index_add_(0, rows, output * weights[rows, place, None])
-        if self.shared_router is not None:
-            total += self._expert(-1, x) * self.shared_router(x).sigmoid()
+        if self._experts.shared_size:
+            shared = self._expert(-1, x)
+            if self.shared_router is not None:
+                shared = shared * self.shared_router(x).sigmoid()
+            total += shared
         return self._group.all_reduce(total) if self._reduce else total
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         return self.down[expert](self._backend.gated(self.gate_up[expert](x), self._activation))
+
+
+def choose(
+    logits: Tensor, experts: ExpertSpec, correction: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Router logits float32 [T, experts] -> weights and ids of the chosen, [T, per_token] each."""
+    scores = logits.softmax(-1) if experts.scoring == "softmax" else logits.sigmoid()
+    ranked = scores if correction is None else scores + correction
+    if experts.groups > experts.groups_per_token:
+        grouped = ranked.view(len(ranked), experts.groups, -1)
+        best = grouped.topk(experts.group_best, dim=-1).values.sum(-1)
+        kept = best.topk(experts.groups_per_token, dim=-1).indices
+        hidden = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+        ranked = grouped.masked_fill(hidden[..., None], -torch.inf).flatten(-2)
+    chosen = ranked.topk(experts.per_token, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if experts.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+    return weights * experts.scale, chosen

@@ -146,6 +146,15 @@ FAMILIES = {
     "mixtral": FamilyRecord(
         module="mixtral", models="Mixtral 8x7B, 8x22B", architectures=("MixtralForCausalLM",)
     ),
+    "deepseek": FamilyRecord(
+        module="deepseek",
+        models="DeepSeek-V2, V2.5, V2-Lite, V3, R1, in bfloat16",
+        architectures=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+        limits="the KV pool holds every head's keys and values, cut by heads, values padded to the "
+        "size of keys, and not the small vector that they are made from: for V3, 96 KiB a token "
+        "and layer over all ranks where the vector would take 1.1 KiB on each; no FP8, no "
+        "multi-token prediction, whose layer is left unread",
+    ),
 }
 ARCHITECTURES = {
     architecture: name for name, record in FAMILIES.items() for architecture in record.architectures

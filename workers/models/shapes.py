@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from phalanx.protos.specs import DecoderSpec
+from phalanx.protos.specs import DecoderSpec, LatentSpec
 
 from .layout import PLAIN, Layouts
 from .naming import LayerNames, ModelNames
 
 Shapes = dict[str, tuple[int, ...]]
+Part = tuple[str, str, str | None, int, int]
+"""Role, weight, bias, rows and columns of a projection."""
 
 
 def shapes(spec: DecoderSpec, names: ModelNames) -> Shapes:
@@ -53,15 +55,37 @@ def norm_names(spec: DecoderSpec, layer: LayerNames) -> list[str]:
     }[spec.block]
 
 
-def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layouts) -> Shapes:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+def _attention(spec: DecoderSpec, layer: LayerNames) -> list[Part]:
+    hidden = spec.hidden_size
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    parts = [
+    return [
         ("query", layer.query, layer.query_bias, query, hidden),
         ("key", layer.key, layer.key_bias, kv, hidden),
         ("value", layer.value, layer.value_bias, kv, hidden),
         ("output", layer.output, layer.output_bias, hidden, query),
     ]
+
+
+def _latent(spec: DecoderSpec, latent: LatentSpec, layer: LayerNames) -> list[Part]:
+    hidden, heads, rotated = spec.hidden_size, spec.num_heads, spec.rotary_dim
+    plain, rank, kv_rank = spec.head_dim - rotated, latent.query_rank, latent.kv_rank
+    value = heads * latent.value_dim
+    first: list[Part] = [("query_latent", layer.query_latent, None, rank, hidden)] if rank else []
+    return [
+        *first,
+        ("query", layer.query, None, heads * plain, rank or hidden),
+        ("query_rotated", layer.query_rotated, None, heads * rotated, rank or hidden),
+        ("key_latent", layer.key_latent, None, kv_rank, hidden),
+        ("key_rotated", layer.key_rotated, None, rotated, hidden),
+        ("key", layer.key, None, heads * plain, kv_rank),
+        ("value", layer.value, None, value, kv_rank),
+        ("output", layer.output, None, hidden, value),
+    ]
+
+
+def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layouts) -> Shapes:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    parts = _attention(spec, layer) if spec.latent is None else _latent(spec, spec.latent, layer)
     if spec.has_experts(index):
         parts += _experts(spec, layer)
     else:
@@ -76,23 +100,24 @@ def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layo
         found[weight] = (columns, rows) if transposed else (rows, columns)
         if bias is not None:
             found[bias] = (rows,)
+    if spec.experts is not None and spec.experts.corrected and spec.has_experts(index):
+        found[layer.router_correction] = (spec.experts.num_experts,)
     return found
 
 
-def _experts(spec: DecoderSpec, layer: LayerNames) -> list[tuple[str, str, str | None, int, int]]:
+def _experts(spec: DecoderSpec, layer: LayerNames) -> list[Part]:
     if spec.experts is None:
         return []
     hidden, inner = spec.hidden_size, spec.experts.intermediate_size
-    parts: list[tuple[str, str, str | None, int, int]] = [
-        ("router", layer.router, None, spec.experts.num_experts, hidden)
-    ]
+    parts: list[Part] = [("router", layer.router, None, spec.experts.num_experts, hidden)]
     for expert in range(spec.experts.num_experts):
         for role, name in (("expert_gate", layer.expert_gate), ("expert_up", layer.expert_up)):
             parts.append((role, name.replace("{expert}", str(expert)), None, inner, hidden))
         name = layer.expert_down.replace("{expert}", str(expert))
         parts.append(("expert_down", name, None, hidden, inner))
     if shared := spec.experts.shared_size:
-        parts.append(("shared_router", layer.shared_router, None, 1, hidden))
+        if spec.experts.shared_gated:
+            parts.append(("shared_router", layer.shared_router, None, 1, hidden))
         parts.append(("shared_gate", layer.shared_gate, None, shared, hidden))
         parts.append(("shared_up", layer.shared_up, None, shared, hidden))
         parts.append(("shared_down", layer.shared_down, None, hidden, shared))
@@ -102,6 +127,10 @@ def _experts(spec: DecoderSpec, layer: LayerNames) -> list[tuple[str, str, str |
 def _head_norms(
     spec: DecoderSpec, layer: LayerNames, layouts: Layouts
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if spec.latent is not None:
+        if spec.latent.query_rank:
+            yield layer.query_norm, (spec.latent.query_rank,)
+        yield layer.key_norm, (spec.latent.kv_rank,)
     if spec.qk_norm == "none":
         return
     for name, heads in ((layer.query_norm, spec.num_heads), (layer.key_norm, spec.num_kv_heads)):

@@ -51,9 +51,25 @@ SHAPE: dict[str, Any] = {
     "attention_types": [[["global", "local", "global"], 1]],
     "attn_config": {"alibi": True},
 }
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 13,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
 OTHERWISE: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"layer_types": None},
     "CodeGenForCausalLM": {"n_head": 4},
+    "DeepseekV2ForCausalLM": LATENT | {"topk_method": "group_limited_greedy"},
+    "DeepseekV3ForCausalLM": LATENT | {"topk_method": "noaux_tc"},
 }
 JUNK = [
     *(None, True, False, 0, -1, 1, 2, 3, 5, 7, 2**31, 10**30, 0.0, 0.5, 1.5, -2.0, 1e300),
@@ -90,6 +106,7 @@ FIELDS = [
     *("do_layer_norm_before", "word_embed_proj_dim", "enable_bias", "expansion_ratio", "no_bias"),
     *("num_experts", "mlp_only_layers", "decoder_sparse_step", "shared_expert_intermediate_size"),
     *("norm_topk_prob", "no_rope_layers", "no_rope_layer_interval", "embedding_multiplier"),
+    *(*LATENT, "topk_method", "scoring_func", "moe_layer_freq", "rope_interleave"),
     *("residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale", "seq_length"),
 ]
 

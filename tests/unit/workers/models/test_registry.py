@@ -193,7 +193,27 @@ def family(architecture: str, **fields: Any) -> dict[str, Any]:
 
 
 GPT2 = {"n_embd": 72, "n_head": 9, "n_layer": 2, "n_positions": 64}
+LATENT = {
+    "num_key_value_heads": 9,
+    "q_lora_rank": 13,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 33,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
 MPT = {"d_model": 72, "n_heads": 9, "n_layers": 2, "max_seq_len": 64}
+
+
+def deepseek(version: int, **fields: Any) -> dict[str, Any]:
+    return family(f"DeepseekV{version}ForCausalLM", **LATENT | fields)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +248,20 @@ MPT = {"d_model": 72, "n_heads": 9, "n_layers": 2, "max_seq_len": 64}
         (family("GPTNeoForCausalLM", attention_types=[[["global"], 1]]), "for 2 layers"),
         (family("MixtralForCausalLM", num_experts_per_tok=9), "whole numbers from 1 to 8"),
         (family("Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2), "moe_intermediate"),
+        (deepseek(2, norm_topk_prob=True), "norm_topk_prob is True, allowed: False"),
+        (deepseek(2, topk_method="noaux_tc"), "topk_method is 'noaux_tc'"),
+        (deepseek(2, scoring_func="sigmoid"), "scoring_func is 'sigmoid', allowed: 'softmax'"),
+        (deepseek(3, topk_method="greedy"), "topk_method is 'greedy', allowed: 'noaux_tc'"),
+        (deepseek(3, attention_bias=True), "attention_bias is True, allowed: False"),
+        (deepseek(3, rope_interleave=False), "rope_interleave is False, allowed: True"),
+        (deepseek(3, num_key_value_heads=3), "num_key_value_heads is 3, allowed: 9"),
+        (deepseek(3, v_head_dim=15), "v_head_dim is 15, allowed: at most 14"),
+        (deepseek(3, qk_rope_head_dim=5), "qk_rope_head_dim is 5, allowed: even"),
+        (deepseek(3, n_group=8), "n_group is 8, allowed: divisors of 8 experts"),
+        (deepseek(3, topk_group=5), "topk_group is 5"),
+        (deepseek(3, num_experts_per_tok=5), "num_experts_per_tok is 5.* from 1 to 4"),
+        (deepseek(3, moe_layer_freq=2), "moe_layer_freq is 2"),
+        (deepseek(3, quantization_config={"quant_method": "fp8"}), "quantization_config is"),
     ],
 )
 def test_families_refuse_what_they_would_run_wrongly(config: dict[str, Any], message: str) -> None:
