@@ -33,7 +33,9 @@ def test_a_summary_is_numpys(values: list[float]) -> None:
     assert summary.mean == pytest.approx(np.mean(values), rel=1e-9, abs=1e-6)
     assert summary.max == max(values)
     points = [summary.p50, summary.p90, summary.p95, summary.p99]
-    assert points == pytest.approx(list(np.percentile(values, [50, 90, 95, 99])), rel=1e-9, abs=1e-6)
+    assert points == pytest.approx(
+        list(np.percentile(values, [50, 90, 95, 99])), rel=1e-9, abs=1e-6
+    )
 
 
 def test_a_summary_of_nothing_is_none() -> None:
