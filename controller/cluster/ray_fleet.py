@@ -62,7 +62,9 @@ class RayCluster:
             ray.init(address=address, **common)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"ray_address is {address!r}, no Ray cluster answers there"
+                f"ray_address is {address!r}, no Ray cluster answers there; one with token "
+                "authentication wants RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or "
+                "~/.ray/auth_token"
             ) from error
 
     def device(self, wanted: str, ranks: int) -> Device:
