@@ -11,7 +11,7 @@ from rich.console import Console
 from phalanx.protos.errors import ConfigError
 
 from .cluster.ray_fleet import RayCluster
-from .cluster.sizing import check_shape
+from .cluster.sizing import plan_unplaced
 from .config import ClusterConfig
 from .engine import AsyncEngine
 from .metrics import Metrics, MetricsServer
@@ -61,7 +61,7 @@ async def start_cluster(
     logging.getLogger("phalanx").setLevel(config.log_level.upper())
     async with AsyncExitStack() as stack:
         served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
-        check_shape(config, served)
+        plan_unplaced(config, served)
         metrics = Metrics()
         ranks = config.tp * config.replicas
         verbose = config.log_level == "debug"

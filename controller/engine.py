@@ -43,7 +43,6 @@ class AsyncEngine:
         self._live: dict[tuple[str, str], Stream] = {}
         self._homeless: dict[Stream, None] = {}
         self._placer = Placer()
-        self._first_ready = asyncio.Event()
         self.on_serving: Callable[[bool], None] = lambda serving: None
         """Called on the event loop when `serving` may have changed."""
         self.on_replica_lost: Callable[[int, GroupLost], None] = lambda index, error: None
@@ -73,7 +72,6 @@ class AsyncEngine:
         self._slots[handle.index] = handle
         await self._canary(handle)
         handle.proven = True
-        self._first_ready.set()
         self._place_homeless()
         self.on_serving(self.serving)
 
@@ -96,10 +94,6 @@ class AsyncEngine:
 
     # --- requests ---
 
-    async def wait_ready(self) -> None:
-        """Return once a replica has produced a canary token."""
-        await self._first_ready.wait()
-
     async def submit(
         self,
         *,
@@ -113,8 +107,9 @@ class AsyncEngine:
         if (tenant, request_id) in self._live:
             raise AlreadyExists(f"request_id {request_id!r} is taken by a request that still runs")
         number, now = next(self._numbers), time.monotonic()
-        stream = Stream(number, prompt_token_ids, params, tenant, now, deadline)
-        stream.request_id = request_id
+        stream = Stream(
+            number, prompt_token_ids, params, tenant, now, deadline, request_id=request_id
+        )
         handle = self._choose(stream)
         if handle is None:
             raise Unavailable("no replica is ready")

@@ -211,9 +211,6 @@ class Replica:
         return list(events)
 
     def _end(self, error: GroupLost) -> None:
-        graceful = self._stopping.is_set()
-        if not graceful:
-            _log.error("replica lost: %s", error)
         self._lost = error
         self._on_lost(error)
-        self._fleet.stop(at_once=not graceful)
+        self._fleet.stop(at_once=not self._stopping.is_set())

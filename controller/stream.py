@@ -30,16 +30,16 @@ class Stream:
         tenant: str,
         arrival: float,
         deadline: float | None,
+        *,
+        request_id: str = "",
     ) -> None:
+        """request_id: the caller's name for it, if it has one."""
         self._number, self._attempt = number, 0
-        self._prompt, self._params, self._tenant = list(prompt_token_ids), params, tenant
-        self._arrival, self.deadline = arrival, deadline
+        self.prompt_token_ids, self._params, self.tenant = list(prompt_token_ids), params, tenant
+        self._arrival, self.deadline, self.request_id = arrival, deadline, request_id
         self._outputs: dict[int, list[int]] = {index: [] for index in range(params.n)}
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
-        self.prompt_token_ids, self.tenant = self._prompt, tenant
-        self.request_id = ""
-        """The caller's name for it, if it has one."""
         self.samples = params.n
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
@@ -74,7 +74,7 @@ class Stream:
     @property
     def known_tokens(self) -> int:
         """Tokens that a replica must hold before it can go on: the prompt and the longest output."""
-        return len(self._prompt) + max(map(len, self._outputs.values()), default=0)
+        return len(self.prompt_token_ids) + max(map(len, self._outputs.values()), default=0)
 
     @property
     def output_left(self) -> int:
@@ -95,9 +95,9 @@ class Stream:
             Request(
                 request_id=self.name,
                 sample_index=index,
-                prompt_token_ids=self._prompt,
+                prompt_token_ids=self.prompt_token_ids,
                 params=self._params,
-                tenant=self._tenant,
+                tenant=self.tenant,
                 arrival=self._arrival,
                 deadline=self.deadline,
                 output_token_ids=list(tokens),

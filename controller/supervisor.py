@@ -48,15 +48,6 @@ class Supervisor:
         for handle in self._engine.replicas:
             await asyncio.to_thread(handle.replica.stop)
 
-    def degraded(self) -> list[str]:
-        """A sentence for each replica that starting again has not brought back."""
-        now = time.monotonic()
-        return [
-            f"replica-{index} failed {slot.recent_failures(now)} times, lastly: {slot.cause}"
-            for index, slot in enumerate(self._slots)
-            if slot.degraded(now)
-        ]
-
     async def _tick(self) -> None:
         while True:
             self._engine.tick(time.monotonic())

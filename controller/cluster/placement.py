@@ -56,6 +56,8 @@ class MemoryPlan:
     """What every rank of a replica holds; the number of KV blocks is the same on each."""
 
     ranks: tuple[RankMemory, ...]
+    dtype: DType
+    """Of weights and activations."""
     cache: CacheSpec
 
     @property
@@ -166,6 +168,7 @@ def plan_memory(
     blocks = wanted if kv_tokens else min(filter(None, (_blocks(m, block_size) for m in ranks)))
     return MemoryPlan(
         ranks=tuple(replace(memory, kv_tokens=blocks * block_size) for memory in ranks),
+        dtype=dtype,
         cache=CacheSpec(block_size=block_size, num_blocks=blocks, dtype=kv_dtype),
     )
 

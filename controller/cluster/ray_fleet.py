@@ -233,28 +233,35 @@ class RayFleet:
             self.stop()
             raise GroupLost(f"a rank did not start: {type(error).__name__}") from error
 
+    def _first_end(self, timeout_s: float) -> tuple[int, Exception | None] | None:
+        """A rank whose run is over, and what Ray says of it, if one ends within `timeout_s`."""
+        done, _ = ray.wait(self._runs, num_returns=1, timeout=timeout_s)
+        if not done:
+            return None
+        try:
+            ray.get(done[0])
+        except (RayError, PhalanxError) as error:
+            return self._runs.index(done[0]), error
+        return self._runs.index(done[0]), None
+
     def _reason(self) -> str:
         """What Ray knows of dead ranks: their sockets only tell that they are gone."""
-        done, _ = ray.wait(self._runs, num_returns=1, timeout=REASON_S)
-        for reference in done:
-            try:
-                ray.get(reference)
-            except (RayError, PhalanxError) as error:
-                words = " ".join(str(error).split())[:REASON_CHARS]
-                return f"; Ray says of rank {self._runs.index(reference)}: {words}"
-        return ""
+        end = self._first_end(REASON_S)
+        if end is None or end[1] is None:
+            return ""
+        words = " ".join(str(end[1]).split())[:REASON_CHARS]
+        return f"; Ray says of rank {end[0]}: {words}"
 
     def _check_alive(self) -> None:
-        done, _ = ray.wait(self._runs, num_returns=1, timeout=0)
-        for reference in done:
-            rank = self._runs.index(reference)
-            try:
-                ray.get(reference)
-            except RayActorError as error:
-                raise GroupLost(f"rank {rank} died while starting") from error
-            except RayError as error:
-                raise GroupLost(f"rank {rank} failed while starting: {error}") from error
-            raise GroupLost(f"rank {rank} ended while starting")
+        end = self._first_end(0)
+        if end is None:
+            return
+        rank, error = end
+        if isinstance(error, RayActorError):
+            raise GroupLost(f"rank {rank} died while starting") from error
+        if error is not None:
+            raise GroupLost(f"rank {rank} failed while starting: {error}") from error
+        raise GroupLost(f"rank {rank} ended while starting")
 
 
 def _check_answers(address: str) -> None:

@@ -33,19 +33,44 @@ class Node(Protocol):
         """Whether bfloat16 is multiplied natively."""
 
 
-def check_shape(config: ClusterConfig, served: ServedModel) -> None:
-    """Refuse with `ConfigError` what no machine could run, before anything is started."""
-    kv_tokens = config.kv_tokens or served.max_context
-    plan_memory(
+def plan_config(
+    config: ClusterConfig,
+    served: ServedModel,
+    *,
+    auto_dtype: DType,
+    memory_per_rank: Sequence[int] | None,
+    kv_tokens: int | None,
+) -> MemoryPlan:
+    """The memory plan of a configuration; one full context is the least cache that is accepted.
+
+    auto_dtype: what "auto" means here. The other arguments are those of `plan_memory`.
+    """
+    dtype = cast(DType, auto_dtype if config.dtype == "auto" else config.dtype)
+    kv_dtype = cast(DType, dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    return plan_memory(
         served.spec,
-        dtype="float32",
-        kv_dtype="float32",
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         tp_size=config.tp,
         block_size=config.block_size,
         max_tokens_per_step=config.max_tokens_per_step,
         max_running=config.max_running,
-        memory_per_rank=None,
+        memory_per_rank=memory_per_rank,
         kv_tokens=kv_tokens,
+        min_kv_tokens=served.max_context,
+    )
+
+
+def plan_unplaced(config: ClusterConfig, served: ServedModel) -> MemoryPlan:
+    """The plan before any place is known, in bfloat16 unless the configuration says otherwise.
+
+    Without `memory_per_rank` and `kv_tokens` the cache holds one full context. Raises
+    `ConfigError` for what no machine could run.
+    """
+    memory = None if config.memory_per_rank is None else [config.memory_per_rank] * config.tp
+    kv_tokens = config.kv_tokens or (served.max_context if memory is None else None)
+    return plan_config(
+        config, served, auto_dtype="bfloat16", memory_per_rank=memory, kv_tokens=kv_tokens
     )
 
 
@@ -58,24 +83,12 @@ def size_group(
     epoch: int = 0,
 ) -> tuple[WorkerSpec, MemoryPlan]:
     """What to build on `nodes`, one entry a rank. Raises `ConfigError` when it does not fit."""
-    fast = all(node.fast_bfloat16 for node in nodes)
-    auto = "bfloat16" if fast else "float32"
-    dtype = cast(DType, auto if config.dtype == "auto" else config.dtype)
-    kv_dtype = cast(DType, dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    auto: DType = "bfloat16" if all(node.fast_bfloat16 for node in nodes) else "float32"
     memory = _memory_per_rank(config, device, nodes)
 
     def plan(kv_tokens: int | None) -> MemoryPlan:
-        return plan_memory(
-            served.spec,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            tp_size=config.tp,
-            block_size=config.block_size,
-            max_tokens_per_step=config.max_tokens_per_step,
-            max_running=config.max_running,
-            memory_per_rank=memory,
-            kv_tokens=kv_tokens,
-            min_kv_tokens=served.max_context,
+        return plan_config(
+            config, served, auto_dtype=auto, memory_per_rank=memory, kv_tokens=kv_tokens
         )
 
     result = plan(config.kv_tokens)
@@ -87,7 +100,7 @@ def size_group(
     spec = WorkerSpec(
         checkpoint=served.checkpoint,
         model=served.spec,
-        dtype=dtype,
+        dtype=result.dtype,
         tp_size=config.tp,
         cache=result.cache,
         max_tokens_per_step=config.max_tokens_per_step,

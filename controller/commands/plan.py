@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from phalanx.controller.cluster.placement import MemoryPlan
-    from phalanx.protos.specs import DecoderSpec, DType
+    from phalanx.protos.specs import DecoderSpec
 
 PLAN_FLAGS = (
     "tp",
@@ -47,31 +47,18 @@ def plan(
     """
     from rich.console import Console
 
-    from phalanx.controller.cluster.placement import plan_memory
+    from phalanx.controller.cluster.sizing import plan_unplaced
     from phalanx.controller.model import resolve_model
 
     config = load_config(None, {"model": model} | flags)
     served = resolve_model(config.model, config.max_context)
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
-    unbounded = config.memory_per_rank is None
-    memory = plan_memory(
-        served.spec,
-        dtype=cast("DType", dtype),
-        kv_dtype=cast("DType", kv_dtype),
-        tp_size=config.tp,
-        block_size=config.block_size,
-        max_tokens_per_step=config.max_tokens_per_step,
-        max_running=config.max_running,
-        memory_per_rank=None if unbounded else [cast("int", config.memory_per_rank)] * config.tp,
-        kv_tokens=config.kv_tokens or (served.max_context if unbounded else None),
-        min_kv_tokens=served.max_context,
-    )
+    memory = plan_unplaced(config, served)
     console = Console(highlight=False)
     spec = served.spec
     console.print(
         f"[bold]{served.name}[/] ({spec.family}): {spec.num_layers} layers, {spec.num_heads} query "
-        f"and {spec.num_kv_heads} key/value heads, weights {dtype}, KV cache {kv_dtype}"
+        f"and {spec.num_kv_heads} key/value heads, weights {memory.dtype}, "
+        f"KV cache {memory.cache.dtype}"
     )
     console.print(rank_table(spec, memory))
     contexts = memory.kv_tokens / served.max_context

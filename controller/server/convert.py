@@ -18,7 +18,7 @@ from phalanx.protos.v1 import serving_pb2, types_pb2
 
 Encode = Callable[[str], list[int]]
 
-_FLOATS = (
+FLOAT_PARAMETERS = (
     "temperature",
     "top_p",
     "min_p",
@@ -83,7 +83,11 @@ def read_params(
     added to `violations`; ranges are left to `SamplingParams.validate`.
     """
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
-    given |= {name: shortest(getattr(message, name)) for name in _FLOATS if message.HasField(name)}
+    given |= {
+        name: shortest(getattr(message, name))
+        for name in FLOAT_PARAMETERS
+        if message.HasField(name)
+    }
     if given.get("max_tokens") == 0:
         violations.append(
             FieldViolation("params.max_tokens", "0 is not a positive integer, nor absent")

@@ -39,9 +39,6 @@ class Engine(Protocol):
     def snapshot(self) -> ClusterSnapshot:
         """The cluster as of the last step."""
 
-    async def wait_ready(self) -> None:
-        """Return once a canary token was produced. Raises what ended the cluster."""
-
 
 class Observer(Protocol):
     """Told about every request. Called on the event loop; must be quick."""

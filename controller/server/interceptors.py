@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import secrets
@@ -95,31 +96,32 @@ def _parsed(parse: Callable[[bytes], Any] | None, request: Any) -> Any:
         raise InvalidArgument.of("request", "these bytes are not a message of this call") from None
 
 
+@contextlib.asynccontextmanager
+async def _contained(context: Any, method: str) -> AsyncIterator[None]:
+    """Whatever is raised inside ends the call with its status."""
+    try:
+        yield
+    except PhalanxError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:  # noqa: BLE001  the last line of defence
+        await contain(context, method, error)
+
+
 def _guarded(behavior: Any, method: str, parse: Any) -> Any:
     async def call(request: Any, context: Any) -> Any:
-        try:
+        async with _contained(context, method):
             return await behavior(_parsed(parse, request), context)
-        except PhalanxError as error:
-            await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001  the last line of defence
-            await contain(context, method, error)
 
     return call
 
 
 def _guarded_generator(behavior: Any, method: str, parse: Any) -> Any:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
+        async with _contained(context, method):
             async for message in behavior(_parsed(parse, request), context):
                 yield message
-        except PhalanxError as error:
-            await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001  the last line of defence
-            await contain(context, method, error)
 
     return call
 

@@ -10,6 +10,8 @@ from typing import Any
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.v1 import types_pb2
 
+from .convert import FLOAT_PARAMETERS
+
 Violations = list[FieldViolation]
 
 TENSOR = "sampling_parameters"
@@ -177,17 +179,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     ),
     "seed": _integer(_UINT64),
     "top_k": _top_k,
-    **dict.fromkeys(
-        (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        ),
-        _number,
-    ),
+    **dict.fromkeys(FLOAT_PARAMETERS, _number),
     **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), _boolean),
     **dict.fromkeys(("stop", "bad_words"), _texts),
     "stop_token_ids": _ids,

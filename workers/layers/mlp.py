@@ -16,8 +16,8 @@ from phalanx.workers.parallel import TensorParallel
 from .linear import ColumnParallelLinear, Output, RowParallelLinear
 
 
-class GatedMLP:
-    """down(act(gate(x)) * up(x)) (Shazeer 2020): x [T, hidden] -> [T, hidden].
+class _FeedForward:
+    """down(act(...)): x [T, hidden] -> [T, hidden], but for what is before the activation.
 
     With `reduce` off, each rank gives its part of the sum over the group.
     """
@@ -36,15 +36,11 @@ class GatedMLP:
         reduce: bool = True,
     ) -> None:
         self._backend, self._activation = backend, model.activation
-        self.gate_up = ColumnParallelLinear(
-            model.hidden_size,
-            [
-                Output(names.gate, columns, names.gate_bias, layout=layouts.get("gate", PLAIN)),
-                Output(names.up, columns, names.up_bias, layout=layouts.get("up", PLAIN)),
-            ],
-            dtype,
-            device,
-        )
+        outputs = [
+            Output(weight, columns, bias, layout=layouts.get(role, PLAIN))
+            for role, weight, bias in self._inputs(names)
+        ]
+        self._into = ColumnParallelLinear(model.hidden_size, outputs, dtype, device)
         self.down = RowParallelLinear(
             names.down,
             columns,
@@ -57,62 +53,46 @@ class GatedMLP:
             reduce=reduce,
         )
 
+    @staticmethod
+    def _inputs(names: LayerNames) -> list[tuple[str, str, str | None]]:
+        """(role, weight, bias) of the projections before the activation."""
+        raise NotImplementedError
+
     @property
     def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """The linear layers, in the order of their use."""
-        return [self.gate_up, self.down]
+        return [self._into, self.down]
 
     @property
     def pieces(self) -> list[Piece]:
         """What the checkpoint must fill beside the linear layers."""
         return []
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, hidden], equal on every rank."""
-        return self.down(self._backend.gated(self.gate_up(x), self._activation))
 
+class GatedMLP(_FeedForward):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
-class PlainMLP:
-    """down(act(up(x))): x [T, hidden] -> [T, hidden]; otherwise as `GatedMLP`."""
-
-    def __init__(
-        self,
-        model: DecoderSpec,
-        columns: Span,
-        names: LayerNames,
-        group: TensorParallel,
-        backend: KernelBackend,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        layouts: Layouts = NO_LAYOUTS,
-        reduce: bool = True,
-    ) -> None:
-        self._backend, self._activation = backend, model.activation
-        outputs = [Output(names.up, columns, names.up_bias, layout=layouts.get("up", PLAIN))]
-        self.up = ColumnParallelLinear(model.hidden_size, outputs, dtype, device)
-        self.down = RowParallelLinear(
-            names.down,
-            columns,
-            model.hidden_size,
-            group,
-            dtype,
-            device,
-            names.down_bias,
-            layout=layouts.get("down", PLAIN),
-            reduce=reduce,
-        )
+    @staticmethod
+    def _inputs(names: LayerNames) -> list[tuple[str, str, str | None]]:
+        return [("gate", names.gate, names.gate_bias), ("up", names.up, names.up_bias)]
 
     @property
-    def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
-        """The linear layers, in the order of their use."""
-        return [self.up, self.down]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """What the checkpoint must fill beside the linear layers."""
-        return []
+    def gate_up(self) -> ColumnParallelLinear:
+        """Gate and up, side by side."""
+        return self._into
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank."""
-        return self.down(self._backend.activate(self.up(x), self._activation))
+        return self.down(self._backend.gated(self._into(x), self._activation))
+
+
+class PlainMLP(_FeedForward):
+    """down(act(up(x)))."""
+
+    @staticmethod
+    def _inputs(names: LayerNames) -> list[tuple[str, str, str | None]]:
+        return [("up", names.up, names.up_bias)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden], equal on every rank."""
+        return self.down(self._backend.activate(self._into(x), self._activation))
