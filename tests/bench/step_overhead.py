@@ -10,21 +10,25 @@ results that no rank spent computing.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import threading
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phalanx.controller.cluster.ray_fleet import RayCluster, RayFleet
-from phalanx.controller.cluster.sizing import size_group
+from phalanx.controller.cluster.ray_fleet import RayCluster
 from phalanx.controller.config import ClusterConfig
-from phalanx.controller.kvcache.manager import KVCacheManager
-from phalanx.controller.model import ServedModel, resolve_model
+from phalanx.controller.engine import AsyncEngine
+from phalanx.controller.handle import ReplicaHandle
+from phalanx.controller.model import resolve_model
 from phalanx.controller.observing import StepTimes
 from phalanx.controller.replica import Replica
 from phalanx.controller.scheduling.request import Request, TokenEvent
-from phalanx.controller.scheduling.scheduler import Scheduler, SchedulerConfig
+from phalanx.controller.starting import ReplicaStarter
+from phalanx.protos.errors import GroupLost
 from phalanx.protos.sampling import SamplingParams
 
 PROMPT_TOKENS = 32
@@ -45,34 +49,23 @@ class Times:
         """Not looked at."""
 
 
-def start(config: ClusterConfig, served: ServedModel) -> tuple[RayFleet, Scheduler]:
-    """Ranks that have loaded, and the scheduler of their KV pool."""
-    fleet = RayFleet(
-        config.tp,
-        "cpu",
-        placement=config.placement,
-        collectives=config.collectives,
-        threads=config.threads,
-        replicas=1,
-        start_timeout_s=config.start_timeout_s,
-        step_timeout_s=config.step_timeout_s,
-        silence_timeout_s=config.silence_timeout_s,
-    )
-    spec, memory = size_group(config, served, "cpu", fleet.reserve())
-    fleet.start(spec, lambda rank, done, total: None)
-    limits = SchedulerConfig(
-        max_tokens_per_step=config.max_tokens_per_step,
-        max_running=config.max_running,
-        max_queued=config.max_queued,
-        max_context=served.max_context,
-        eos_token_ids=served.eos_token_ids,
-        max_in_flight=config.max_in_flight,
-    )
-    cache = KVCacheManager(memory.cache.num_blocks, memory.cache.block_size, prefix_caching=False)
-    return fleet, Scheduler(limits, cache)
+class Sink:
+    """Stands where the engine is, and only counts the requests that have ended."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Semaphore(0)
+
+    def sink(self, events: Sequence[TokenEvent]) -> None:
+        """Events of a step."""
+        for event in events:
+            if event.finish is not None:
+                self.ended.release()
+
+    def lost(self, handle: ReplicaHandle, error: GroupLost) -> None:
+        """The replica has ended, as it does at the end of the run."""
 
 
-def run(replica: Replica, done: threading.Semaphore, running: int, steps: int) -> None:
+def run(replica: Replica, ended: threading.Semaphore, running: int, steps: int) -> None:
     """Generate `steps` tokens with `running` requests at once."""
     params = SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
     for number in range(running):
@@ -82,7 +75,7 @@ def run(replica: Replica, done: threading.Semaphore, running: int, steps: int) -
         )
         replica.add([request])
     for _ in range(running):
-        done.acquire()
+        ended.acquire()
 
 
 def main() -> None:
@@ -93,30 +86,22 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    config = ClusterConfig(model=options.model, tp=options.tp, max_running=max(options.running))
+    config = ClusterConfig(
+        model=options.model,
+        tp=options.tp,
+        max_running=max(options.running),
+        device="cpu",
+        prefix_caching=False,
+    )
     served = resolve_model(config.model)
     cluster = RayCluster(None, config.tp)
-    fleet, scheduler = start(config, served)
-    times, done = Times(), threading.Semaphore(0)
-
-    def sink(events: object) -> None:
-        for event in events if isinstance(events, list) else ():
-            if isinstance(event, TokenEvent) and event.finish is not None:
-                done.release()
-
-    replica = Replica(
-        scheduler,
-        fleet,
-        sink,
-        max_in_flight=config.max_in_flight,
-        step_timeout_s=config.step_timeout_s,
-        observer=times,
-    )
-    replica.start()
+    times, sink = Times(), Sink()
+    starter = ReplicaStarter(config, served, "cpu", cast(AsyncEngine, sink), times, None)
+    replica = asyncio.run(starter.start(0, 0)).replica
     table = Table("running", "steps", "execute p50", "overhead p50", "overhead p99", "of a step")
     for running in options.running:
         times.steps.clear()
-        run(replica, done, running, options.steps)
+        run(replica, sink.ended, running, options.steps)
         decodes = [step for step in times.steps if step.rows == running == step.tokens]
         decodes = decodes[WARM_UP_STEPS:]
         overhead = np.array([step.overhead_s for step in decodes]) * 1e3
