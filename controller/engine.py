@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, Unavailable
 from phalanx.protos.sampling import SamplingParams
@@ -21,7 +21,7 @@ from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .routing.placer import Placement, Placer
-from .routing.router import Candidate
+from .routing.router import Request, Work
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import Stream
 
@@ -72,6 +72,7 @@ class AsyncEngine:
         self._slots[handle.index] = handle
         await self._canary(handle)
         handle.proven = True
+        self._placer.loads.join(handle.index, handle.places, handle.room)
         self._place_homeless()
         self.on_serving(self.serving)
 
@@ -158,40 +159,45 @@ class AsyncEngine:
 
     def _choose(self, stream: Stream) -> ReplicaHandle | None:
         """The live replica that is predicted to give the stream its next token soonest."""
-        serving = {handle.index: handle for handle in self.replicas if handle.serving}
-        if not serving:
-            return None
-        if len(serving) == 1:
-            (handle,) = serving.values()
+        loads = self._placer.loads
+        while len(loads):
+            index = self._pick(stream)
+            handle = self._slots[index]
+            if handle is not None and handle.serving:
+                return handle
+            loads.leave(index)  # its loop has ended; the news of that is on the way
+        return None
+
+    def _pick(self, stream: Stream) -> int:
+        """The replica for a stream by what is known on this thread."""
+        loads = self._placer.loads
+        if len(loads) == 1:
             stream.uncached_tokens = stream.known_tokens
-            return handle
+            return loads.only
+        usual = self._placer.lengths.usual(stream.tenant)
+        output = stream.expected_output(usual)
         decision = self._placer.choose(
             stream.tenant,
             stream.request_id,
             stream.prompt_token_ids,
-            known_tokens=stream.known_tokens,
-            samples=stream.open_samples,
+            Request(stream.known_tokens, stream.open_samples, output),
+            self.replicas[0].naming,
             reads_cache=stream.reads_cache,
-            naming=next(iter(serving.values())).naming,
-            candidates=self._candidates(serving),
         )
         stream.uncached_tokens = decision.uncached_tokens
-        return serving[decision.index]
+        return decision.replica
 
-    def _candidates(self, serving: Mapping[int, ReplicaHandle]) -> list[Candidate]:
-        """The replicas with what the streams placed there ask of them."""
-        placed: dict[int | None, list[Stream]] = {index: [] for index in serving}
-        for stream in self._by_name.values():
-            if stream.replica in placed:
-                placed[stream.replica].append(stream)
-        return [
-            handle.candidate(
-                queue_tokens=sum(stream.uncached_tokens for stream in placed[index]),
-                streams=sum(stream.open_samples for stream in placed[index]),
-                output_tokens=sum(stream.output_left for stream in placed[index]),
-            )
-            for index, handle in serving.items()
-        ]
+    def _charge(self, stream: Stream, *, ended: bool = False) -> None:
+        """Tell the placer what the stream asks of its replica now."""
+        if stream.replica is None:
+            return
+        usual = self._placer.lengths.usual(stream.tenant)
+        work = Work() if ended else stream.work(usual)
+        if work != stream.charged:
+            self._placer.loads.charge(stream.replica, stream.charged, work)
+            stream.charged = work
+        if (handle := self._slots[stream.replica]) is not None:
+            self._placer.loads.measured(stream.replica, handle.pace)
 
     def _place(self, stream: Stream, handle: ReplicaHandle) -> None:
         """Hand the stream's open samples to a replica, from where they stand."""
@@ -199,6 +205,7 @@ class AsyncEngine:
         group = stream.requests()
         stream.replica = handle.index
         self._by_name[stream.name] = stream
+        self._charge(stream)
         handle.replica.add(group, readmitted=readmitted)
 
     def _place_homeless(self) -> None:
@@ -222,10 +229,11 @@ class AsyncEngine:
             return
         self._slots[handle.index] = None
         self._placer.index.drop(handle.index)
+        self._placer.loads.leave(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
-            stream.replica = None
+            stream.replica, stream.charged = None, Work()
             stream.losses += 1
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
                 text = f"the ranks died {stream.losses} times while they computed this request"
@@ -258,15 +266,23 @@ class AsyncEngine:
         finally:
             if not stream.finished:
                 self._abort(stream, None)
-            self._by_name.pop(stream.name, None)
+            if self._by_name.pop(stream.name, None) is not None:
+                self._charge(stream, ended=True)
             self._homeless.pop(stream, None)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             if stream := self._by_name.get(event.request_id):
                 stream.push(event)
+                self._count(stream, event)
                 if stream.finished:
                     del self._by_name[event.request_id]
+
+    def _count(self, stream: Stream, event: TokenEvent) -> None:
+        """Learn from an event what the next decisions need."""
+        if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self._placer.lengths.saw(stream.tenant, event.first_index + len(event.tokens))
+        self._charge(stream)
 
     def _take_prefixes(
         self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate

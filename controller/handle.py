@@ -12,7 +12,6 @@ from .cluster.snapshot import RankSnapshot, ReplicaSnapshot
 from .kvcache.prefix import PrefixNaming
 from .replica import Replica
 from .routing.pace import Pace, PaceMeter
-from .routing.router import Candidate
 
 
 class ReplicaHandle:
@@ -36,7 +35,8 @@ class ReplicaHandle:
     ) -> None:
         self.index, self.replica = index, replica
         self.naming = PrefixNaming(block_tokens, namespace)
-        self._ranks, self._meter, self._places = tuple(ranks), meter, places
+        self.places = places
+        self._ranks, self._meter = tuple(ranks), meter
         self.proven = False
         """Whether it has produced a canary token."""
 
@@ -50,16 +50,15 @@ class ReplicaHandle:
         """Whether it takes requests."""
         return self.proven and self.replica.lost is None
 
-    def candidate(self, *, queue_tokens: int, streams: int, output_tokens: int) -> Candidate:
-        """As the router sees it, but for what it has cached."""
-        return Candidate(
-            index=self.index,
-            queue_tokens=queue_tokens,
-            streams=streams,
-            output_tokens=output_tokens,
-            places=self._places,
-            pace=self._meter.pace if self._meter else Pace(),
-        )
+    @property
+    def room(self) -> int:
+        """Tokens that its KV pool holds."""
+        return self.replica.stats().blocks_total * self.naming.block_size
+
+    @property
+    def pace(self) -> Pace:
+        """How fast it is, as far as was measured."""
+        return self._meter.pace if self._meter else Pace()
 
     def snapshot(self, model: DecoderSpec) -> ReplicaSnapshot:
         """As of its last step."""

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
 
+from .routing.lengths import expected_left
+from .routing.router import Work
 from .scheduling.request import FinishReason, Request, TokenEvent
 
 CLEARED_AFTER_TOKENS = 8
-USUAL_OUTPUT = 256
 
 
 class Stream:
@@ -49,6 +50,8 @@ class Stream:
         self.uncached_tokens = 0
         """Tokens that the replica has to compute before the next one comes, as far as is known; to
         be set when it is placed."""
+        self.charged = Work()
+        """What its replica was charged for it."""
 
     @property
     def name(self) -> str:
@@ -76,11 +79,23 @@ class Stream:
         """Tokens that a replica must hold before it can go on: the prompt and the longest output."""
         return len(self.prompt_token_ids) + max(map(len, self._outputs.values()), default=0)
 
-    @property
-    def output_left(self) -> int:
-        """Tokens that the open samples may still generate; `USUAL_OUTPUT` each if unbounded."""
-        allowed = self._params.max_tokens or USUAL_OUTPUT
-        return sum(max(allowed - len(tokens), 1) for tokens in self._outputs.values())
+    def expected_output(self, usual: float) -> int:
+        """Tokens that the open samples are expected to generate yet, where `usual` is the length
+        of this tenant's answers."""
+        allowed = self._params.max_tokens
+        return sum(expected_left(usual, len(have), allowed) for have in self._outputs.values())
+
+    def work(self, usual: float) -> Work:
+        """Its part of what its replica has to do."""
+        if self.replica is None or not self._outputs:
+            return Work()
+        left, have = self.expected_output(usual), sum(map(len, self._outputs.values()))
+        return Work(
+            queue_tokens=self.uncached_tokens,
+            streams=len(self._outputs),
+            output_tokens=left,
+            kv_tokens=len(self.prompt_token_ids) + have + left,
+        )
 
     @property
     def reads_cache(self) -> bool:

@@ -11,10 +11,26 @@ from dataclasses import dataclass
 from .blocks import require
 from .changes import ChangeLog, PrefixUpdate
 
+WALK_BLOCKS = 32
+"""Blocks whose tokens are packed at once by a walk, which may end at any block."""
+
 
 def _field(data: bytes) -> bytes:
     # the length in front keeps ("ab", "c") and ("a", "bc") apart
     return struct.pack("<Q", len(data)) + data
+
+
+def _root(namespace: bytes, salt: bytes) -> bytes:
+    return hashlib.sha256(_field(namespace) + _field(salt)).digest()
+
+
+def _digests(last: bytes, size: int, token_ids: Sequence[int]) -> Iterator[bytes]:
+    """The digests of full blocks that follow the one with the digest `last`."""
+    width = 4 * size
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    for start in range(0, len(packed), width):
+        last = hashlib.sha256(last + packed[start : start + width]).digest()
+        yield last
 
 
 class DigestChain:
@@ -25,31 +41,27 @@ class DigestChain:
         tokens   | block 0 | block 1 | block 2 | rest
         digests    d0 ------> d1 ------> d2      (none until the block is full)
 
-        d[i] = SHA-256(namespace, salt, d[i - 1], token ids of block i)
+        d[i]  = SHA-256(d[i - 1], token ids of block i)
+        d[-1] = SHA-256(namespace, salt), each length-prefixed
 
-    Every field is length-prefixed; d[-1] is empty. Equal digests therefore mean: same model, same
-    tenant, same tokens from position 0 on, so the same KV entries. A wilful collision is as hard
-    as breaking SHA-256.
+    All that is hashed after d[-1] has a fixed length. Equal digests therefore mean: same model,
+    same tenant, same tokens from position 0 on, so the same KV entries. A wilful collision is as
+    hard as breaking SHA-256.
     """
 
     def __init__(self, block_size: int, namespace: bytes, salt: bytes) -> None:
         self._block_size = block_size
-        self._root = hashlib.sha256(_field(namespace) + _field(salt))
+        self._root = _root(namespace, salt)
         self._rest: list[int] = []
         self.digests: list[bytes] = []
 
     def feed(self, token_ids: Sequence[int]) -> None:
         """Append tokens. Amortised O(len(token_ids))."""
-        size = self._block_size
         self._rest += token_ids
-        full = len(self._rest) // size * size
-        for start in range(0, full, size):
-            digest = self._root.copy()
-            digest.update(_field(self.digests[-1] if self.digests else b""))
-            digest.update(_field(struct.pack(f"<{size}I", *self._rest[start : start + size])))
-            self.digests.append(digest.digest())
-        if full:
-            del self._rest[:full]
+        full = len(self._rest) // self._block_size * self._block_size
+        last = self.digests[-1] if self.digests else self._root
+        self.digests += _digests(last, self._block_size, self._rest[:full])
+        del self._rest[:full]
 
     def branch(self, token_ids: Sequence[int]) -> DigestChain:
         """The chain of `token_ids`, which must be a prefix of the tokens fed so far."""
@@ -79,10 +91,13 @@ class PrefixNaming:
 
     def walk(self, tenant: str, token_ids: Sequence[int]) -> Iterator[bytes]:
         """The same digests one by one, each computed when it is asked for."""
-        chain, size = self.chain(tenant), self.block_size
-        for start in range(0, len(token_ids) // size * size, size):
-            chain.feed(token_ids[start : start + size])
-            yield chain.digests[-1]
+        salt, size = tenant.encode("utf-8", "surrogatepass"), self.block_size
+        last, piece = _root(self.namespace, salt), WALK_BLOCKS * size
+        for start in range(0, len(token_ids) // size * size, piece):
+            tokens = token_ids[start : start + piece]
+            for digest in _digests(last, size, tokens[: len(tokens) // size * size]):
+                last = digest
+                yield digest
 
 
 class PrefixIndex:

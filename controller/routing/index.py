@@ -116,23 +116,27 @@ class GlobalPrefixIndex:
         source.epoch, source.next = source.epoch + 1, None
         self._forget(replica)
 
-    def cached_blocks(self, keys: Iterable[int], replicas: Iterable[int]) -> dict[int, int]:
-        """How many of these consecutive blocks, from the first on, each of the replicas holds.
+    def runs(self, keys: Iterable[int]) -> list[tuple[int, int]]:
+        """How many of these consecutive blocks, from the first on, the replicas hold.
 
-        Asks for no further key once no replica holds the last one.
+        Answers (blocks, the replicas that hold just so many, as a bit mask), the least first; who
+        holds none is not listed. Asks for no further key once no replica holds the last one.
         """
-        left = {replica: 1 << replica for replica in replicas}
-        runs = dict.fromkeys(left, 0)
-        for depth, key in enumerate(keys, start=1):
+        found: list[tuple[int, int]] = []
+        left, depth = -1, 0
+        for key in keys:
             number = self._table.get(key)
-            if number is None:
-                break
-            mask = self._sets.mask(number)
-            left = {replica: bit for replica, bit in left.items() if mask & bit}
-            if not left:
-                break
-            runs.update(dict.fromkeys(left, depth))
-        return runs
+            held = 0 if number is None else left & self._sets.mask(number)
+            if held != left:
+                if depth:
+                    found.append((depth, left & ~held))
+                left = held
+                if not left:
+                    break
+            depth += 1
+        if left and depth:
+            found.append((depth, left))
+        return found
 
     def contents(self, replica: int) -> frozenset[int]:
         """All that the replica holds, for audits. O(prefixes)."""

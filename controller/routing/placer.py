@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from phalanx.controller.kvcache.changes import prefix_key
 from phalanx.controller.kvcache.prefix import PrefixNaming
 
 from .index import GlobalPrefixIndex
-from .router import Candidate, Decision, route
+from .lengths import OutputLengths
+from .loads import Loads
+from .router import Decision, Request
 
 MAX_WALK_BLOCKS = 1024
-"""Blocks of a prompt that are looked up at most. Hashing them takes a few milliseconds."""
+"""Blocks of a prompt that are looked up at most. Hashing them takes half a millisecond."""
 KEPT_PLACEMENTS = 1024
 
 _log = logging.getLogger(__name__)
@@ -34,11 +35,13 @@ class Placer:
     """Chooses replicas. Belongs to one event loop.
 
     A prompt is hashed block by block for as long as some replica holds the last block, so that a
-    prompt that nobody knows costs one block's hash.
+    prompt that nobody knows costs little.
     """
 
     def __init__(self) -> None:
         self.index = GlobalPrefixIndex()
+        self.loads = Loads()
+        self.lengths = OutputLengths()
         self._placements: deque[Placement] = deque(maxlen=KEPT_PLACEMENTS)
 
     def choose(
@@ -46,25 +49,35 @@ class Placer:
         tenant: str,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        *,
-        known_tokens: int,
-        samples: int,
-        reads_cache: bool,
+        request: Request,
         naming: PrefixNaming,
-        candidates: Sequence[Candidate],
+        *,
+        reads_cache: bool = True,
     ) -> Decision:
         """The decision for a request, which is kept.
 
-        known_tokens: those to be computed before the first one comes, if nothing is cached.
-        candidates: at least one, and all of this naming; what they have cached is filled in here.
+        naming: of the replicas' prefixes, which is one for all. reads_cache: whether cached blocks
+        spare the request anything.
         """
+        keys: map[int] | tuple[()] = ()
         if reads_cache:
-            cached = self._cached(tenant, prompt_token_ids, naming, candidates)
-            candidates = [
-                dataclasses.replace(candidate, cached_tokens=cached[candidate.index])
-                for candidate in candidates
-            ]
-        decision = route(known_tokens, samples, candidates)
+            # never the last token: a replica has to compute that in any case
+            blocks = min((len(prompt_token_ids) - 1) // naming.block_size, MAX_WALK_BLOCKS)
+            digests = itertools.islice(naming.walk(tenant, prompt_token_ids), max(blocks, 0))
+            keys = map(prefix_key, digests)
+        return self.choose_by_keys(tenant, request_id, keys, request, naming.block_size)
+
+    def choose_by_keys(
+        self,
+        tenant: str,
+        request_id: str,
+        keys: Iterable[int],
+        request: Request,
+        block_size: int,
+    ) -> Decision:
+        """The same for a prompt whose blocks are named already."""
+        runs = [(blocks * block_size, holders) for blocks, holders in self.index.runs(keys)]
+        decision = self.loads.choose(request, runs)
         self._placements.append(Placement(tenant, request_id, decision))
         _log.debug("request %r: %s", request_id, decision)
         return decision
@@ -72,18 +85,3 @@ class Placer:
     def placements(self) -> list[Placement]:
         """The last `KEPT_PLACEMENTS` of them, the oldest first."""
         return list(self._placements)
-
-    def _cached(
-        self,
-        tenant: str,
-        prompt_token_ids: Sequence[int],
-        naming: PrefixNaming,
-        candidates: Sequence[Candidate],
-    ) -> dict[int, int]:
-        """Tokens of the prompt that each candidate holds; never the last one, as a replica has to
-        compute that in any case."""
-        blocks = min((len(prompt_token_ids) - 1) // naming.block_size, MAX_WALK_BLOCKS)
-        digests = itertools.islice(naming.walk(tenant, prompt_token_ids), max(blocks, 0))
-        replicas = [candidate.index for candidate in candidates]
-        runs = self.index.cached_blocks(map(prefix_key, digests), replicas)
-        return {replica: run * naming.block_size for replica, run in runs.items()}

@@ -153,7 +153,12 @@ def test_runs_are_the_longest_from_the_start(held: dict[int, set[int]], asked: l
     index = GlobalPrefixIndex()
     for replica, keys in held.items():
         assert index.apply(replica, listing(sorted(keys)))
-    runs = index.cached_blocks(iter(asked), held)
+    found = index.runs(iter(asked))
+    assert [depth for depth, _ in found] == sorted({depth for depth, _ in found})
+    runs = {
+        replica: sum(depth for depth, holders in found if holders >> replica & 1)
+        for replica in range(71)
+    }
     for replica, keys in held.items():
         run = 0
         while run < len(asked) and asked[run] in keys:
@@ -166,7 +171,7 @@ def test_no_key_is_asked_for_beyond_what_anybody_holds() -> None:
     index.apply(0, listing([1, 2]))
     index.apply(1, listing([1]))
     asked = iter([1, 2, 3, 4, 5])
-    assert index.cached_blocks(asked, [0, 1]) == {0: 2, 1: 1}
+    assert index.runs(asked) == [(1, 0b10), (2, 0b01)]
     assert next(asked) == 4, "hashing the rest would be in vain"
 
 

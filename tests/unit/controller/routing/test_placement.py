@@ -9,9 +9,9 @@ from random import Random
 from typing import Any
 
 from phalanx.controller.engine import AsyncEngine
+from phalanx.controller.routing import router
 from phalanx.controller.routing.pace import Pace
 from phalanx.controller.routing.placer import Placer
-from phalanx.controller.routing.router import Candidate
 from phalanx.controller.scheduling.request import Request
 from phalanx.protos.sampling import SamplingParams
 
@@ -32,7 +32,12 @@ async def ask(engine: AsyncEngine, name: str, prompt: list[int], tenant: str = "
 
 
 def placed(engine: AsyncEngine) -> dict[str, int]:
-    return {item.request_id: item.decision.index for item in engine.placements()}
+    return {item.request_id: item.decision.replica for item in engine.placements()}
+
+
+def by_replica(engine: AsyncEngine) -> dict[int, router.Estimate]:
+    """The estimates of the last placement."""
+    return {item.replica: item for item in engine.placements()[-1].decision.estimates}
 
 
 def test_a_turn_goes_where_the_one_before_it_was(start_replica: Callable[..., Any]) -> None:
@@ -48,7 +53,7 @@ def test_a_turn_goes_where_the_one_before_it_was(start_replica: Callable[..., An
         home = placed(engine)["first"]
         assert await ask(engine, "second", [*shared, 5, 6, 7]) == 40
         assert placed(engine)["second"] == home
-        estimates = engine.placements()[-1].decision.estimates
+        estimates = by_replica(engine)
         assert estimates[home].cached_tokens == 40 and estimates[1 - home].cached_tokens == 0
         assert await ask(engine, "stranger", [*shared, 5], tenant="b") == 0, "tenants share nothing"
         assert engine.placements()[-1].decision.uncached_tokens == 41
@@ -60,7 +65,7 @@ def test_a_turn_goes_where_the_one_before_it_was(start_replica: Callable[..., An
         await lost.wait()
         await engine.adopt(handle)
         await ask(engine, "third", [*shared, 5, 6, 7])
-        third = engine.placements()[-1].decision.estimates
+        third = by_replica(engine)
         assert third[home].cached_tokens == 0, "what the lost replica held is gone"
         await ask(engine, "fourth", other)
 
@@ -91,6 +96,7 @@ class Open:
     prompt: list[int]
     uncached: int
     output: int = 0
+    charged: router.Work = router.NOTHING
 
 
 @dataclass
@@ -114,6 +120,9 @@ class Cluster:
         self.replicas, self.policy = replicas, policy
         self.placer, self.placed = Placer(), 0
         self.open: list[dict[str, Open]] = [{} for _ in replicas]
+        for index in range(len(replicas)):
+            self.placer.loads.join(index, places=8)
+            self.placer.loads.measured(index, PACE)
 
     def choose(self, name: str, tenant: str, prompt: list[int]) -> tuple[int, int]:
         self.placed += 1
@@ -129,27 +138,19 @@ class Cluster:
             tenant,
             name,
             prompt,
-            known_tokens=len(prompt),
-            samples=1,
-            reads_cache=True,
-            naming=self.replicas[0][1].naming,
-            candidates=[
-                Candidate(
-                    index=index,
-                    queue_tokens=sum(item.uncached for item in open_.values()),
-                    streams=len(open_),
-                    output_tokens=sum(self.OUTPUT - item.output for item in open_.values()),
-                    places=8,
-                    pace=PACE,
-                )
-                for index, open_ in enumerate(self.open)
-            ],
+            router.Request(len(prompt), 1, self.OUTPUT),
+            self.replicas[0][1].naming,
         )
-        return decision.index, decision.uncached_tokens
+        return decision.replica, decision.uncached_tokens
+
+    def charge(self, index: int, item: Open, work: router.Work) -> None:
+        self.placer.loads.charge(index, item.charged, work)
+        item.charged = work
 
     def submit(self, name: str, tenant: str, prompt: list[int]) -> None:
         index, uncached = self.choose(name, tenant, prompt)
-        self.open[index][name] = Open(prompt, uncached)
+        self.open[index][name] = item = Open(prompt, uncached)
+        self.charge(index, item, router.Work(uncached, 1, self.OUTPUT))
         params = SamplingParams(max_tokens=self.OUTPUT, ignore_eos=True)
         request = Request(
             request_id=name,
@@ -169,7 +170,9 @@ class Cluster:
                 item = self.open[index][event.request_id]
                 item.uncached, item.output = 0, item.output + len(event.tokens)
                 item.prompt = [*item.prompt, *(token.token_id for token in event.tokens)]
+                self.charge(index, item, router.Work(0, 1, self.OUTPUT - item.output))
                 if event.finish is not None:
+                    self.charge(index, item, router.Work())
                     ended[event.request_id] = self.open[index].pop(event.request_id).prompt
             if (update := cache.drain_changes()) is not None:
                 assert self.placer.index.apply(index, update)
