@@ -1,4 +1,4 @@
-"""The command `phalanx`: demo, serve, chat, generate, status, plan, models, bench."""
+"""The command `phalanx`: demo, serve, chat, generate, status, plan, models, bench, simulate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .commands.generate import chat, generate
 from .commands.models import models
 from .commands.plan import plan
 from .commands.serve import serve
+from .commands.simulate import simulate
 from .commands.status import status
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -74,7 +75,7 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, plan, models, bench):
+for command in (demo, serve, chat, generate, status, plan, models, bench, simulate):
     app.command()(command)
 
 

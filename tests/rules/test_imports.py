@@ -47,7 +47,7 @@ PACKAGES = {
 }
 NARROWER = {
     "ray": ("controller/cluster/", "workers/actor.py"),
-    "matplotlib": ("controller/benchmark/report.py",),
+    "matplotlib": ("controller/benchmark/report.py", "controller/simulation/report.py"),
     "aiohttp": ("controller/openai/",),
 }
 """Packages that only these files and folders use."""

@@ -1,0 +1,1 @@
+"""The cluster's scheduler over modelled replicas: how a thousand of them would fare."""

@@ -1,0 +1,149 @@
+"""Requests of recorded shapes: conversations, shared instructions, questions to long documents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+
+from phalanx.protos.errors import ConfigError
+
+BLOCK_TOKENS = 128
+"""Tokens of a named block."""
+MAX_CONTEXT = 65_536
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request."""
+
+    session: Session
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    keys: list[int]
+    """Names of the full blocks of prompt and answer, in order."""
+    last: bool
+
+    @property
+    def prompt_keys(self) -> list[int]:
+        """The blocks that can be looked up: all full ones of the prompt but for the last token."""
+        return self.keys[: (self.prompt_tokens - 1) // BLOCK_TOKENS]
+
+
+@dataclass(slots=True)
+class Session:
+    """What one user asks, each turn repeating all that was said."""
+
+    number: int
+    tenant: str
+    shared: list[int]
+    """Blocks that it begins with, which other sessions have too."""
+    turns: list[tuple[int, int, float]]
+    """(new prompt tokens, output tokens, seconds before the question) of each turn."""
+    told: int = 0
+    """Tokens of the conversation so far."""
+    _own: list[int] = field(default_factory=list)
+
+    def ask(self, now: float) -> Turn:
+        """The next turn."""
+        prompt, output, _ = self.turns.pop(0)
+        told = (self.told or len(self.shared) * BLOCK_TOKENS) + prompt
+        self.told = told + output
+        blocks = self.told // BLOCK_TOKENS - len(self.shared)
+        if len(self._own) < blocks:
+            self._own = _names(self.number, 2 * blocks)
+        keys = self.shared + self._own[:blocks]
+        return Turn(self, now, told, output, keys, last=not self.turns)
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds before the next question."""
+        return self.turns[0][2]
+
+
+def _names(seed: int, count: int) -> list[int]:
+    """Names that no other seed has (splitmix64: Steele, Lea and Flood 2014)."""
+    word = np.arange(1, count + 1, dtype=np.uint64) + np.uint64((seed + 1) << 20)
+    word = word * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    names: list[int] = (word ^ (word >> np.uint64(31))).tolist()
+    return names
+
+
+def _lognormal(random: Random, median: float, sigma: float, most: int) -> int:
+    return min(max(round(random.lognormvariate(math.log(median), sigma)), 8), most)
+
+
+def _zipf(random: Random, weights: list[float]) -> int:
+    return random.choices(range(len(weights)), cum_weights=weights)[0]
+
+
+def chat(seed: int) -> Iterator[Session]:
+    """Conversations of 1 to some 12 turns; one in two begins with one of 20 instructions."""
+    random = Random(seed)
+    instructions = [_names((1 << 30) + index, 4 + index % 8) for index in range(20)]
+    for number in itertools.count():
+        turns = min(1 + int(random.expovariate(1 / 4)), 12)
+        yield Session(
+            number,
+            f"tenant-{number % 50}",
+            random.choice(instructions) if number % 2 else [],
+            [
+                (
+                    _lognormal(random, 120, 1.0, 4000),
+                    _lognormal(random, 200, 0.7, 1000),
+                    random.expovariate(1 / 5),
+                )
+                for _ in range(turns)
+            ],
+        )
+
+
+def shared(seed: int) -> Iterator[Session]:
+    """Single requests to 2,000 applications of very different popularity, each with instructions
+    of 1,000 to 5,000 tokens."""
+    random = Random(seed)
+    weights = list(itertools.accumulate(1 / (1 + rank) for rank in range(2000)))
+    instructions = [_names((1 << 30) + rank, random.randint(8, 40)) for rank in range(2000)]
+    for number in itertools.count():
+        which = _zipf(random, weights)
+        prompt, output = _lognormal(random, 150, 0.8, 2000), _lognormal(random, 120, 0.8, 800)
+        yield Session(number, f"tenant-{which}", instructions[which], [(prompt, output, 0.0)])
+
+
+def documents(seed: int) -> Iterator[Session]:
+    """One to eight questions to a document of 4,000 to 40,000 tokens."""
+    random = Random(seed)
+    for number in itertools.count():
+        turns = random.randint(1, 8)
+        pages = _lognormal(random, 12_000, 0.6, 40_000)
+        questions = [
+            (
+                _lognormal(random, 60, 0.5, 400),
+                _lognormal(random, 180, 0.6, 800),
+                random.expovariate(1 / 5),
+            )
+            for _ in range(turns)
+        ]
+        first, output, pause = questions[0]
+        questions[0] = (first + pages, output, pause)
+        yield Session(number, f"tenant-{number % 50}", [], questions)
+
+
+TRACES: dict[str, Callable[[int], Iterator[Session]]] = {
+    "chat": chat,
+    "shared": shared,
+    "documents": documents,
+}
+
+
+def check_trace(name: str) -> None:
+    """Raises `ConfigError` where there is no such trace."""
+    if name not in TRACES:
+        raise ConfigError(f"trace: {name!r} is not known; there are {', '.join(TRACES)}")
