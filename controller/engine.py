@@ -34,7 +34,7 @@ SET_ASIDE_AFTER_LOSSES = 3
 class AsyncEngine:
     """`server.engine.Engine` over replicas. Create and use it on one running event loop."""
 
-    def __init__(self, model: DecoderSpec, replicas: int) -> None:
+    def __init__(self, model: DecoderSpec, replicas: int, placer: Placer | None = None) -> None:
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._slots: list[ReplicaHandle | None] = [None] * replicas
@@ -42,7 +42,7 @@ class AsyncEngine:
         self._by_name: dict[str, Stream] = {}
         self._live: dict[tuple[str, str], Stream] = {}
         self._homeless: dict[Stream, None] = {}
-        self._placer = Placer()
+        self._placer = placer or Placer()
         self.on_serving: Callable[[bool], None] = lambda serving: None
         """Called on the event loop when `serving` may have changed."""
         self.on_replica_lost: Callable[[int, GroupLost], None] = lambda index, error: None

@@ -47,6 +47,8 @@ class RayCluster:
         }
         if address is None:
             ray.init(
+                # without this, another cluster of the machine or RAY_ADDRESS would be joined
+                "local",
                 **common,
                 # ranks are counted, not cores: they share the cores by setting their threads
                 num_cpus=max(ranks, os.cpu_count() or 1),
