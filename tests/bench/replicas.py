@@ -70,15 +70,17 @@ class Counts:
     _seen: set[tuple[int, ...]] = field(default_factory=set)
 
     def expect(self, prompt: Sequence[int]) -> None:
-        """Count what an endless cache would have of a prompt."""
+        """Count what an endless cache would have of a prompt, which it then has all of, as if
+        nothing took time."""
         self.prompt_tokens += len(prompt)
         for stop in range(BLOCK_TOKENS, len(prompt), BLOCK_TOKENS):
             if tuple(prompt[:stop]) not in self._seen:
                 break
             self.oracle_tokens += BLOCK_TOKENS
+        self.remember(prompt)
 
     def remember(self, tokens: Sequence[int]) -> None:
-        """All that was computed is cached from now on."""
+        """All of it is cached from now on."""
         stops = range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
         self._seen.update(tuple(tokens[:stop]) for stop in stops)
 
