@@ -27,6 +27,8 @@ MAX_BAD_WORDS = 64  # each may be tokenised in two ways
 MAX_BAD_WORD_TOKENS = 32
 MAX_LOGIT_BIAS = 300  # entries
 MAX_NGRAM_SIZE = 64
+MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_CHOICES = 256
 
 TEMPERATURE_RANGE = (0.0, 10.0)
 TOP_P_RANGE = (0.0, 1.0)  # 0 excluded

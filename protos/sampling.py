@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -11,6 +12,7 @@ from .limits import (
     LOGIT_BIAS_RANGE,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
+    MAX_GRAMMAR_BYTES,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_N,
@@ -27,11 +29,20 @@ from .limits import (
 )
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What a text must look like, from its first character to its last."""
+
+    kind: Literal["json_schema", "regex", "choice", "lark"]
+    text: str
+    """A JSON schema; a regular expression for the whole text; a JSON list of texts; a grammar in
+    Lark's notation whose first rule is `start`."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How tokens are chosen. Logits are processed in this order:
 
     repetition penalty, presence and frequency penalty, logit bias, bans (bad words, n-grams,
-    stop ids before `min_tokens`), temperature, top-k, top-p over what top-k left, min-p
+    stop ids before `min_tokens`, what the grammar excludes), temperature, top-k, top-p over what top-k left, min-p
     against the best remaining token, then Gumbel-max with counter-based noise.
     """
 
@@ -77,6 +88,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """The same for prompt tokens; turns the reading of cached prefixes off."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    grammar: Grammar | None = None
+    """Ban every token that cannot go on to a text of this grammar; the end is banned until one is
+    complete."""
 
     def validate(self, vocab_size: int, field: str = "params") -> None:
         """Raise `InvalidArgument` listing every field out of range for this vocabulary."""
@@ -128,6 +142,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
                 allowed = f"a token id in [0, {vocab_size})"
                 violations.append(FieldViolation(f"{field}.{name}", f"{value} is not {allowed}"))
 
+        if self.grammar is not None:
+            size = len(self.grammar.text.encode("utf-8", "surrogatepass"))
+            if not 0 < size <= MAX_GRAMMAR_BYTES:
+                allowed = f"1 to {MAX_GRAMMAR_BYTES} bytes allowed"
+                violations.append(FieldViolation(f"{field}.grammar", f"{size} bytes, {allowed}"))
+            if self.ignore_eos:
+                text = "true cannot be combined with a grammar, which says where the text ends"
+                violations.append(FieldViolation(f"{field}.ignore_eos", text))
         count("stop", len(self.stop), MAX_STOP_STRINGS)
         count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         count("bad_words", len(self.bad_words_ids), 2 * MAX_BAD_WORDS)

@@ -191,6 +191,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     device: Literal["cpu", "cuda"]
     epoch: int = 0
+    tokenizer: str = ""
+    """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):

@@ -324,6 +324,7 @@ def _local_run(
         max_running=max_running,
         eos_token_ids=model.eos_token_ids,
         device="cpu",
+        tokenizer=model.tokenizer.to_str(),
     )
     groups: Sequence[Any] = [SingleRank()] if tp == 1 else ThreadRank.group(tp)
 
@@ -345,8 +346,6 @@ def _local_run(
     )
     cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
     scheduler = Scheduler(config, cache)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    replica = Replica(
-        scheduler, fleet, events.put, max_in_flight=config.max_in_flight, step_timeout_s=60
-    )
+    events, plans = queue.SimpleQueue[Any](), config.max_in_flight
+    replica = Replica(scheduler, fleet, events.put, max_in_flight=plans, step_timeout_s=60)
     return LocalRun(model, replica, scheduler, events)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from phalanx.kernels.interface import AttentionPlan, KernelBackend, SequenceSpan
 from phalanx.protos.errors import GroupLost
+from phalanx.protos.grammars import GrammarState
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.steps import NewSequence, Row
 
@@ -28,6 +29,8 @@ class SequenceState:
     params: SamplingParams
     sample_index: int
     blocks: list[int] = field(default_factory=list)
+    grammar: GrammarState | None = None
+    """Where its output stands in the grammar, once that was asked for."""
 
     @classmethod
     def of(cls, new: NewSequence) -> SequenceState:

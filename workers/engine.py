@@ -28,6 +28,7 @@ from .layers.rope import RotaryTable
 from .loading.assign import fill
 from .models.registry import tensor_names
 from .parallel import TensorParallel
+from .sampling.grammars import Grammars
 from .sampling.sampler import Sampled, Sampler, SampleRow
 
 
@@ -61,6 +62,7 @@ class Engine:
         block_size = spec.cache.block_size
         self._builder = BatchBuilder(rotary, backend, block_size, self._device, local)
         self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
+        self._grammars = Grammars(spec.tokenizer, model.vocab_size, spec.eos_token_ids)
         self._sequences: dict[int, SequenceState] = {}
         self._next_step = 0
 
@@ -78,6 +80,7 @@ class Engine:
             progress=progress,
         )
         self._decoder.fuse(self._cache.layers)
+        self._grammars.prepare()
         return LoadReport(
             rank=self._group.rank,
             weight_bytes=weight_bytes,
@@ -137,13 +140,22 @@ class Engine:
         tokens: list[SampledToken] = []
         failures: list[SequenceFailure] = []
         choices: list[Sampled] = []
-        rows = [
-            SampleRow(state.token_ids, state.num_prompt, state.params, state.sample_index)
-            for state in batch.sampled
-        ]
+        rows, lost = [], dict[int, str]()
+        for index, state in enumerate(batch.sampled):
+            allowed = None
+            try:
+                allowed = self._allowed(state)
+            except RequestFailed as error:  # raised on every rank alike
+                lost[index] = str(error)
+            row = SampleRow(
+                state.token_ids, state.num_prompt, state.params, state.sample_index, allowed
+            )
+            rows.append(row)
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, start + MAX_LOGIT_ROWS)
             choices += self._sampler.sample(self._decoder.logits(hidden[part]), rows[part])
+        for index, why in lost.items():
+            choices[index] = Sampled(0, None, [], why)
         for state, choice in zip(batch.sampled, choices, strict=True):
             if choice.error is not None:
                 failures.append(SequenceFailure(state.seq, choice.error))
@@ -153,6 +165,14 @@ class Engine:
                 token = SampledToken(state.seq, choice.token_id, choice.logprob, choice.top)
                 tokens.append(token)
         return tokens, failures
+
+    def _allowed(self, state: SequenceState) -> bytes | None:
+        """What the sequence's grammar allows next. Raises `RequestFailed`."""
+        if state.params.grammar is None:
+            return None
+        if state.grammar is None:
+            state.grammar = self._grammars.begin(state.params.grammar)
+        return state.grammar.allowed(state.token_ids[state.num_prompt :])
 
     def _score(
         self, batch: Batch, hidden: Tensor

@@ -108,6 +108,7 @@ def size_group(
         eos_token_ids=served.eos_token_ids,
         device=device,
         epoch=epoch,
+        tokenizer=served.tokenizer.to_str(),
     )
     return spec, result
 

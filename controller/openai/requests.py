@@ -26,6 +26,7 @@ from phalanx.protos.limits import (
 )
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
+from .constraints import read_response_format, read_structured_outputs
 from .fields import Fields, as_number, is_text, is_token_id, refuse, shown
 
 WITHOUT_EFFECT = (
@@ -123,7 +124,8 @@ def read_chat(body: Mapping[str, Any], model: str, request_id: str) -> Asked:
         fields.refuse("top_logprobs", "is allowed only where logprobs is true")
     names["logprobs"] = "top_logprobs"
     fields.only("modalities", (["text"],), 'only ["text"] is')
-    fields.only("response_format", ({"type": "text"},), 'only {"type": "text"} is')
+    read_response_format(fields, params)
+    names["grammar"] = "response_format" if params.HasField("grammar") else "structured_outputs"
     fields.only("tool_choice", ("none", "auto"), "only none and auto are, as there are no tools")
     fields.only("parallel_tool_calls", (True, False), "true and false are, as there are no tools")
     for name in _UNSUPPORTED:
@@ -150,7 +152,8 @@ def read_completion(body: Mapping[str, Any], model: str, request_id: str) -> Ask
     for at, request in enumerate(requests):
         request.request_id = request_id if len(requests) == 1 else f"{request_id}-{at}"
         request.params.CopyFrom(params)
-    return _asked(requests, params, stream, usage, {"include_stop": "include_stop_str_in_output"})
+    names = {"include_stop": "include_stop_str_in_output", "grammar": "structured_outputs"}
+    return _asked(requests, params, stream, usage, names)
 
 
 def _asked(
@@ -191,6 +194,7 @@ def _read_shared(fields: Fields, params: types_pb2.SamplingParams) -> tuple[bool
     params.bad_words.extend(fields.texts("bad_words"))
     params.stop_token_ids.extend(fields.integers("stop_token_ids"))
     _read_bias(fields, params)
+    read_structured_outputs(fields, params)
     stream = fields.flag("stream")
     usage = _read_stream_options(fields, stream)
     fields.ignore(WITHOUT_EFFECT)

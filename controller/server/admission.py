@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 import uuid
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import msgspec
 
 from phalanx.controller.model import ServedModel
 from phalanx.protos.errors import FieldViolation, InvalidArgument, ModelError
+from phalanx.protos.grammars import GrammarCompiler
 from phalanx.protos.limits import (
     MAX_CHAT_MESSAGES,
     MAX_DETOKENIZE_IDS,
@@ -19,7 +21,7 @@ from phalanx.protos.limits import (
     MAX_TEXT_BYTES,
     SEED_RANGE,
 )
-from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .chat import ChatTemplate
@@ -50,6 +52,8 @@ class Admission:
     def __init__(self, model: ServedModel) -> None:
         self._model, self._tokenizer = model, model.tokenizer
         self._vocab_size = model.spec.vocab_size
+        self._grammars: GrammarCompiler | None = None
+        self._grammar_lock = threading.Lock()
         self._template = (
             None
             if model.chat_template is None
@@ -170,6 +174,8 @@ class Admission:
         self._request_id(request_id, violations)
         params = read_params(message, self._encode, violations)
         check_params(params, self._vocab_size, violations)
+        if params.grammar is not None and not violations:
+            self._check_grammar(params.grammar, violations)
         self._check_room(prompt, field, params, violations)
         _refuse(violations)
         if not message.HasField("seed"):
@@ -197,6 +203,19 @@ class Admission:
                     f"(max_context is {limit})"
                 )
                 violations.append(FieldViolation(f"params.{name}", text))
+
+    def _check_grammar(self, grammar: Grammar, violations: Violations) -> None:
+        """Compile it as the ranks will. Raises `ModelError` where the model can have none."""
+        with self._grammar_lock:
+            if self._grammars is None:
+                model = self._model
+                self._grammars = GrammarCompiler(
+                    model.tokenizer.to_str(), self._vocab_size, model.eos_token_ids
+                )
+        try:
+            self._grammars.compile(grammar)
+        except InvalidArgument as error:
+            violations += error.violations
 
     def _request_id(self, request_id: str, violations: Violations) -> None:
         if request_id and not _REQUEST_ID.fullmatch(request_id):

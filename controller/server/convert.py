@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from phalanx.controller.cluster.snapshot import ClusterSnapshot, RankSnapshot, ReplicaSnapshot
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.limits import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
-from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 Encode = Callable[[str], list[int]]
@@ -99,8 +100,22 @@ def read_params(
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         include_stop=message.include_stop,
+        grammar=_grammar(message, violations),
         **given,
     )
+
+
+def _grammar(message: types_pb2.SamplingParams, violations: list[FieldViolation]) -> Grammar | None:
+    if not message.HasField("grammar"):
+        return None
+    kind = message.grammar.WhichOneof("kind")
+    if kind is None:
+        text = "is empty, one of json_schema, regex, choice, lark is needed"
+        violations.append(FieldViolation("params.grammar", text))
+        return None
+    if kind == "choice":
+        return Grammar("choice", json.dumps(list(message.grammar.choice.texts)))
+    return Grammar(kind, getattr(message.grammar, kind))
 
 
 def _bad_words(

@@ -10,6 +10,7 @@ from typing import Any
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.v1 import types_pb2
 
+from .constraints import set_constraint
 from .convert import FLOAT_PARAMETERS
 
 Violations = list[FieldViolation]
@@ -22,7 +23,10 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _WORDS = {"true": True, "false": False}
 
-_RENAMED = {"include_stop_str_in_output": "include_stop"}
+_RENAMED = {
+    "include_stop_str_in_output": "include_stop",
+    "structured_outputs": "grammar",
+}
 """vLLM's name -> ours, where they differ."""
 _OURS = {ours: theirs for theirs, ours in _RENAMED.items()}
 
@@ -52,7 +56,9 @@ def read_parameters(
 
 
 def _set(message: types_pb2.SamplingParams, name: str, value: Any) -> None:
-    if isinstance(value, list):
+    if isinstance(value, types_pb2.Grammar):
+        message.grammar.CopyFrom(value)
+    elif isinstance(value, list):
         getattr(message, name).extend(value)
     elif isinstance(value, dict):
         getattr(message, name).update(value)
@@ -173,6 +179,15 @@ def _biases(value: Any) -> dict[int, float]:
     return found
 
 
+def _constraint(value: Any) -> types_pb2.Grammar:
+    params = types_pb2.SamplingParams()
+    if not isinstance(value, dict):
+        raise _Refused(f"{_shown(value)} is not an object")
+    if error := set_constraint(value, params):
+        raise _Refused(error)
+    return params.grammar
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(
         ("max_tokens", "min_tokens", "no_repeat_ngram_size", "n", "logprobs"), _integer(_UINT32)
@@ -184,4 +199,5 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("stop", "bad_words"), _texts),
     "stop_token_ids": _ids,
     "logit_bias": _biases,
+    "structured_outputs": _constraint,
 }

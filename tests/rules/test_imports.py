@@ -26,7 +26,7 @@ SEAMS = {
 """(file, package): the places where the controller looks past the contract."""
 
 PACKAGES = {
-    "protos": {"google", "grpc", "msgspec"},
+    "protos": {"google", "grpc", "llguidance", "msgspec"},
     "kernels": {"numpy", "torch", "triton"},
     "workers": {"gguf", "msgspec", "numpy", "psutil", "safetensors", "torch"},
     "controller": {
@@ -49,6 +49,7 @@ NARROWER = {
     "ray": ("controller/cluster/", "workers/actor.py"),
     "matplotlib": ("controller/benchmark/report.py", "controller/simulation/report.py"),
     "aiohttp": ("controller/openai/",),
+    "llguidance": ("protos/grammars.py",),
 }
 """Packages that only these files and folders use."""
 

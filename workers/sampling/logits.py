@@ -32,6 +32,7 @@ def is_adjusted(row: SampleRow) -> bool:
         or params.bad_words_ids
         or params.no_repeat_ngram_size
         or params.min_tokens > row.num_output
+        or row.allowed is not None
     )
 
 
@@ -39,7 +40,7 @@ def adjust(logits: Tensor, row: SampleRow, vocab: Span, eos_token_ids: Sequence[
     """Change one row's slice of the logits in place.
 
     logits: float32 [vocab.size]. The order is that of `SamplingParams`: repetition penalty,
-    presence and frequency penalty, bias, bans.
+    presence and frequency penalty, bias, bans, grammar.
     """
     params = row.params
     tokens = np.empty(0, dtype=np.int64)
@@ -54,6 +55,10 @@ def adjust(logits: Tensor, row: SampleRow, vocab: Span, eos_token_ids: Sequence[
     banned = banned_tokens(row, tokens, eos_token_ids)
     if banned.size:
         logits[_index(_local(banned, vocab), logits)] = -math.inf
+    if row.allowed is not None:
+        bits = np.frombuffer(row.allowed, np.uint8)
+        allowed = np.unpackbits(bits, count=vocab.stop, bitorder="little")[vocab.start :]
+        logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -math.inf)
 
 
 def _reads_tokens(params: SamplingParams) -> bool:

@@ -21,6 +21,8 @@ class SampleRow(NamedTuple):
     num_prompt: int
     params: SamplingParams
     sample_index: int
+    allowed: bytes | None = None
+    """A bit for each token that the grammar allows, see `GrammarState`; None: there is none."""
 
     @property
     def num_output(self) -> int:

@@ -34,7 +34,7 @@ __all__ = ["SampleRow", "Sampled", "Sampler"]
 SPARE_RANKS = 12  # top entries gathered beyond those asked for: they often rank the sampled token
 
 BROKEN = "the model's logits hold NaN or infinite values"
-ALL_BANNED = "every token is banned (bad words, n-grams, biases or min_tokens)"
+ALL_BANNED = "every token is banned (bad words, n-grams, biases, min_tokens or the grammar)"
 
 
 class Sampled(NamedTuple):

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from phalanx.controller.scheduling.request import FinishReason
-from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.protos.steps import SampledToken, TokenLogprob
 
 USER = [{"role": "user", "content": "say it"}]
@@ -184,6 +184,48 @@ def test_every_field_reaches_the_engine(front: Any, say: Any) -> None:
                 echo=False, best_of=2, **common,
             )  # fmt: skip
             assert [item.params for item in made.submissions] == [wanted, wanted]
+
+    asyncio.run(main())
+
+
+FORMATS: list[tuple[dict[str, Any], Grammar]] = [
+    (
+        {"response_format": {"type": "json_object"}},
+        Grammar("json_schema", '{"type": "object"}'),
+    ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}},
+            }
+        },
+        Grammar("json_schema", '{"type": "integer"}'),
+    ),
+    (
+        {"extra_body": {"structured_outputs": {"json": {"type": "null"}}}},
+        Grammar("json_schema", '{"type": "null"}'),
+    ),
+    ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, Grammar("regex", "a+")),
+    (
+        {"extra_body": {"structured_outputs": {"choice": ["a", "b"]}}},
+        Grammar("choice", '["a", "b"]'),
+    ),
+    (
+        {"extra_body": {"structured_outputs": {"grammar": 'start: "a"'}}},
+        Grammar("lark", 'start: "a"'),
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "grammar"), FORMATS)
+def test_what_an_answer_must_look_like_reaches_the_engine(
+    front: Any, say: Any, fields: dict[str, Any], grammar: Grammar
+) -> None:
+    async def main() -> None:
+        async with front(say([60])) as made:
+            await made.client.chat.completions.create(model="tiny", messages=USER, **fields)
+            assert made.submissions[0].params.grammar == grammar
 
     asyncio.run(main())
 
