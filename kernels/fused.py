@@ -48,10 +48,13 @@ class PlainLayer:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PlainStack:
-    """Layers and the norm behind them; sizes are those of this rank."""
+    """Layers and the norm behind them, None where further layers follow elsewhere.
+
+    Sizes are those of this rank.
+    """
 
     layers: Sequence[PlainLayer]
-    final_norm: Tensor
+    final_norm: Tensor | None
     norm_eps: float
     norm_offset: float
     hidden_size: int
@@ -105,8 +108,10 @@ class StackProgram(Protocol):
         plan: AttentionPlan,
         rows: Tensor,
     ) -> Tensor:
-        """Embeddings x [T, hidden] -> normed hidden states of `rows` (int64), [rows, hidden].
+        """x [T, hidden] -> normed hidden states of `rows` (int64), [rows, hidden].
 
+        x: embeddings, or what the stack before has answered. Without a final norm the answer is
+        not normed and float32, so that stacks that follow one another compute what one would.
         cos, sin [T, rotary / 2]; slots int64 [T]. Raises `PeerLost`.
         """
 

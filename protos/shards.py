@@ -7,8 +7,12 @@ balanced contiguous runs, the first ranks taking one unit more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
+from .errors import ConfigError
 from .specs import DTYPE_BYTES, DecoderSpec, LatentSpec
 
 MAX_LOGIT_ROWS = 64
@@ -32,6 +36,81 @@ def cut(total: int, parts: int, index: int) -> Span:
     size, extra = divmod(total, parts)
     start = index * size + min(index, extra)
     return Span(start, start + size + (index < extra))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Stage `index` of `count`: the ranks that hold `layers`, and run them one after another.
+
+    The first one also holds the embedding, the last one the final norm and the head.
+    """
+
+    index: int
+    count: int
+    layers: Span
+
+    @property
+    def is_first(self) -> bool:
+        """Whether token ids come in here."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether tokens are sampled here."""
+        return self.index == self.count - 1
+
+
+def whole(model: DecoderSpec) -> Stage:
+    """The only stage of a model that is not cut into several."""
+    return Stage(index=0, count=1, layers=Span(0, model.num_layers))
+
+
+def cut_stages(model: DecoderSpec, pp_size: int) -> tuple[Stage, ...]:
+    """`pp_size` stages of consecutive layers, the greatest of which has as few weights as can be.
+
+    A tied embedding counts at both ends. Raises `ConfigError` for more stages than layers.
+    """
+    if not 1 <= pp_size <= model.num_layers:
+        raise ConfigError(
+            f"pp_size is {pp_size}, allowed are 1 to {model.num_layers}, the model's layers"
+        )
+    if pp_size == 1:
+        return (whole(model),)
+    part = cut_model(model, 1, 0)
+    sizes = [_layer_parameters(model, part, layer) for layer in range(model.num_layers)]
+    sizes[0] += _first_parameters(model, part)
+    sizes[-1] += _last_parameters(model, part)
+    return tuple(
+        Stage(index=index, count=pp_size, layers=layers)
+        for index, layers in enumerate(_balance(sizes, pp_size))
+    )
+
+
+def _balance(sizes: Sequence[int], parts: int) -> list[Span]:
+    """Consecutive runs, none empty, with the least greatest sum; of those, the evenest found."""
+    ends = [0, *accumulate(sizes)]
+    best = {0: (0, 0)}  # end of the runs so far: greatest sum, sum of squares
+    starts: list[dict[int, int]] = []
+    for part in range(1, parts + 1):
+        found: dict[int, tuple[int, int]] = {}
+        starts.append({})
+        for stop in range(part, len(sizes) - (parts - part) + 1):
+            costs = {
+                start: (
+                    max(most, ends[stop] - ends[start]),
+                    squares + (ends[stop] - ends[start]) ** 2,
+                )
+                for start, (most, squares) in best.items()
+                if start < stop
+            }
+            starts[-1][stop] = min(costs, key=costs.__getitem__)
+            found[stop] = costs[starts[-1][stop]]
+        best = found
+    runs, stop = [], len(sizes)
+    for start in reversed(starts):
+        runs.append(Span(start[stop], stop))
+        stop = start[stop]
+    return runs[::-1]
 
 
 class HeadCut(NamedTuple):
@@ -86,24 +165,43 @@ def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
     )
 
 
-def weight_parameters(model: DecoderSpec, tp_size: int, rank: int) -> int:
-    """Number of weight elements that one rank holds."""
-    part = cut_model(model, tp_size, rank)
-    hidden = model.hidden_size
-    layers = sum(_layer_parameters(model, part, index) for index in range(model.num_layers))
-    tables = (1 if model.tie_embeddings else 2) * hidden + model.head_bias
-    positions = (model.max_context + model.position_offset) * hidden * model.learned_positions
-    norms = (1 + model.embedding_norm) * _norm_parameters(model)
-    return layers + tables * part.vocab.size + positions + norms
+def weight_parameters(
+    model: DecoderSpec, tp_size: int, rank: int, stage: Stage | None = None
+) -> int:
+    """Number of weight elements that one rank of a stage holds; by default, of the only stage."""
+    part, stage = cut_model(model, tp_size, rank), stage or whole(model)
+    total = sum(_layer_parameters(model, part, layer) for layer in range(*stage.layers))
+    total += _first_parameters(model, part) * stage.is_first
+    total += _last_parameters(model, part) * stage.is_last
+    if model.tie_embeddings and stage.is_first and stage.is_last:
+        total -= model.hidden_size * part.vocab.size
+    return total
 
 
-def weight_bytes(model: DecoderSpec, tp_size: int, rank: int, dtype: str) -> int:
-    """Bytes of the weights that one rank holds; what corrects a choice of experts is float32."""
-    size = DTYPE_BYTES[dtype]
+def weight_bytes(
+    model: DecoderSpec, tp_size: int, rank: int, dtype: str, stage: Stage | None = None
+) -> int:
+    """Bytes of the weights that one rank of a stage holds; what corrects a choice of experts is
+    float32."""
+    size, stage = DTYPE_BYTES[dtype], stage or whole(model)
     experts, wide = model.experts, 0
     if experts is not None and experts.corrected:
-        wide = experts.num_experts * len(experts.layers)
-    return size * weight_parameters(model, tp_size, rank) + (4 - size) * wide
+        held = sum(model.has_experts(layer) for layer in range(*stage.layers))
+        wide = experts.num_experts * held
+    return size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
+
+
+def _first_parameters(model: DecoderSpec, part: RankCut) -> int:
+    """What comes before the layers."""
+    hidden = model.hidden_size
+    positions = (model.max_context + model.position_offset) * hidden * model.learned_positions
+    norm = model.embedding_norm * _norm_parameters(model)
+    return hidden * part.vocab.size + positions + norm
+
+
+def _last_parameters(model: DecoderSpec, part: RankCut) -> int:
+    """What comes after the layers."""
+    return (model.hidden_size + model.head_bias) * part.vocab.size + _norm_parameters(model)
 
 
 def _norm_parameters(model: DecoderSpec) -> int:
@@ -149,7 +247,10 @@ def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
     return total + model.mlp_bias * (projections * part.mlp.size + hidden)
 
 
-def kv_bytes_per_token(model: DecoderSpec, tp_size: int, rank: int, dtype: str) -> int:
-    """Bytes that one token takes in the KV pool of one rank."""
+def kv_bytes_per_token(
+    model: DecoderSpec, tp_size: int, rank: int, dtype: str, stage: Stage | None = None
+) -> int:
+    """Bytes that one token takes in the KV pool of one rank of a stage."""
     kv = cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank).kv.size
-    return 2 * model.num_layers * kv * model.head_dim * DTYPE_BYTES[dtype]
+    layers = (stage or whole(model)).layers.size
+    return 2 * layers * kv * model.head_dim * DTYPE_BYTES[dtype]

@@ -185,6 +185,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: DecoderSpec
     dtype: DType
     tp_size: int
+    pp_size: int = 1
+    """Pipeline stages, each of `tp_size` ranks that follow one another."""
     cache: CacheSpec
     max_tokens_per_step: int
     max_running: int
@@ -193,6 +195,16 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     tokenizer: str = ""
     """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the group; rank s * tp_size + t is place t of stage s."""
+        return self.pp_size * self.tp_size
+
+    @property
+    def answering_rank(self) -> int:
+        """The rank that answers plans: the first one of the last stage."""
+        return self.num_ranks - self.tp_size
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):

@@ -101,7 +101,7 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
-    """What rank 0 answers to a plan."""
+    """What the first rank of the last stage answers to a plan."""
 
     epoch: int
     step: int

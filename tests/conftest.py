@@ -275,7 +275,7 @@ class LocalRun:
 
 @pytest.fixture
 def local_replica() -> Iterator[Callable[..., LocalRun]]:
-    """Factory: `local_replica(model, tp=1, dtype="float32", **sizes) -> LocalRun`, all running.
+    """Factory: `local_replica(model, tp=1, pp=1, dtype="float32", **sizes) -> LocalRun`, running.
 
     sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens.
     """
@@ -294,6 +294,7 @@ def _local_run(
     name: Any,
     *,
     tp: int = 1,
+    pp: int = 1,
     dtype: str = "float32",
     block_size: int = 16,
     num_blocks: int = 512,
@@ -307,11 +308,7 @@ def _local_run(
     from phalanx.controller.model import resolve_model
     from phalanx.controller.replica import Replica
     from phalanx.controller.scheduling.scheduler import Scheduler, SchedulerConfig
-    from phalanx.kernels.select import select_backend
     from phalanx.protos.specs import CacheSpec, WorkerSpec
-    from phalanx.workers.engine import Engine
-    from phalanx.workers.parallel import SingleRank, ThreadRank
-    from phalanx.workers.serve import serve_rank
 
     model = resolve_model(str(name))
     spec = WorkerSpec(
@@ -319,6 +316,7 @@ def _local_run(
         model=model.spec,
         dtype=dtype,  # type: ignore[arg-type]
         tp_size=tp,
+        pp_size=pp,
         cache=CacheSpec(block_size=block_size, num_blocks=num_blocks, dtype=dtype),  # type: ignore[arg-type]
         max_tokens_per_step=max_tokens_per_step,
         max_running=max_running,
@@ -326,15 +324,7 @@ def _local_run(
         device="cpu",
         tokenizer=model.tokenizer.to_str(),
     )
-    groups: Sequence[Any] = [SingleRank()] if tp == 1 else ThreadRank.group(tp)
-
-    def main(group: Any) -> Callable[[Any, Any], None]:
-        def build(spec: WorkerSpec) -> Engine:
-            return Engine(spec, group, select_backend("cpu")[0])
-
-        return lambda address, hello: serve_rank(address, hello, build)
-
-    fleet = LocalFleet([main(group) for group in groups])
+    fleet = LocalFleet(_ranks(tp, pp))
     fleet.start(spec, lambda rank, done, total: None)
     config = SchedulerConfig(
         max_tokens_per_step=max_tokens_per_step,
@@ -349,3 +339,25 @@ def _local_run(
     events, plans = queue.SimpleQueue[Any](), config.max_in_flight
     replica = Replica(scheduler, fleet, events.put, max_in_flight=plans, step_timeout_s=60)
     return LocalRun(model, replica, scheduler, events)
+
+
+def _ranks(tp: int, pp: int) -> list[Callable[[Any, Any], None]]:
+    """What the thread of each rank runs."""
+    from phalanx.kernels.select import select_backend
+    from phalanx.workers.engine import Engine
+    from phalanx.workers.parallel import SingleRank, ThreadRank
+    from phalanx.workers.pipeline import ThreadStage
+    from phalanx.workers.serve import serve_rank
+
+    def main(group: Any, stage: ThreadStage) -> Callable[[Any, Any], None]:
+        def build(spec: Any) -> Engine:
+            return Engine(spec, group, select_backend("cpu")[0], pipeline=stage)
+
+        return lambda address, hello: serve_rank(address, hello, build)
+
+    mains = []
+    lanes = [ThreadStage.pipeline(pp) for _ in range(tp)]
+    for index in range(pp):
+        groups: Sequence[Any] = [SingleRank()] if tp == 1 else ThreadRank.group(tp)
+        mains += [main(group, lanes[place][index]) for place, group in enumerate(groups)]
+    return mains

@@ -1,6 +1,7 @@
 """The one decoder: a stack of layers described by `DecoderSpec`, written for one device.
 
-Parallelism is inside the layer types; nothing here knows how many ranks there are.
+Parallelism is inside the layer types; nothing here knows how many ranks there are, only which
+stage of the layers this is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.shards import cut_model
+from phalanx.protos.shards import Stage, cut_model, whole
 from phalanx.protos.specs import DecoderSpec
 
 from .batch import Batch
@@ -27,7 +28,7 @@ from .parallel import TensorParallel
 
 
 class Decoder:
-    """Token ids -> logits of this rank's vocabulary rows."""
+    """Token ids -> logits of this rank's vocabulary rows; of several stages, each does a part."""
 
     def __init__(
         self,
@@ -37,28 +38,38 @@ class Decoder:
         backend: KernelBackend,
         dtype: torch.dtype,
         device: torch.device,
+        stage: Stage | None = None,
     ) -> None:
+        """stage: which layers; all, by default."""
         part = cut_model(model, group.size, group.rank)
+        self._stage = stage = stage or whole(model)
+        self._dtype, self._device = dtype, device
         self._model, self._backend, self._group, self._part = model, backend, group, part
         self._fused: FusedLayers | None = None
         self.vocab, hidden = part.vocab, model.hidden_size
-        table = VocabTable(names.embedding, part.vocab, hidden, dtype, device)
-        self._tables = [table]
-        self._embedding = VocabParallelEmbedding(table, group)
-        if not model.tie_embeddings:
-            table = VocabTable(names.head, part.vocab, hidden, dtype, device, names.head_bias)
-            self._tables.append(table)
-        self._head = VocabParallelHead(table)
+        place = (dtype, device)
+        self._tables: list[VocabTable] = []
+        self._embedding: VocabParallelEmbedding | None = None
         self._positions: PositionTable | None = None
-        if model.learned_positions:
-            rows = model.max_context + model.position_offset
-            self._positions = PositionTable(names.positions, rows, hidden, dtype, device)
-        self._norm = Normalize(model, backend)
-        layout = names.layouts.get("final_norm", PLAIN)
-        self._final_norm = Norm(names.final_norm, hidden, dtype, device, model=model, layout=layout)
         self._embedding_norm: Norm | None = None
-        if model.embedding_norm:
-            self._embedding_norm = Norm(names.embedding_norm, hidden, dtype, device, model=model)
+        if stage.is_first:
+            self._tables.append(VocabTable(names.embedding, part.vocab, hidden, *place))
+            self._embedding = VocabParallelEmbedding(self._tables[0], group)
+            if model.learned_positions:
+                rows = model.max_context + model.position_offset
+                self._positions = PositionTable(names.positions, rows, hidden, *place)
+            if model.embedding_norm:
+                self._embedding_norm = Norm(names.embedding_norm, hidden, *place, model=model)
+        self._norm = Normalize(model, backend)
+        self._head: VocabParallelHead | None = None
+        self._final_norm: Norm | None = None
+        if stage.is_last:
+            if not (model.tie_embeddings and self._tables):
+                bias = None if model.tie_embeddings else names.head_bias
+                self._tables.append(VocabTable(names.head, part.vocab, hidden, *place, bias))
+            self._head = VocabParallelHead(self._tables[-1])
+            layout = names.layouts.get("final_norm", PLAIN)
+            self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
         self.layers = [
             DecoderLayer(
                 model,
@@ -71,8 +82,14 @@ class Decoder:
                 layer=index,
                 layouts=names.layouts,
             )
-            for index in range(model.num_layers)
+            for index in range(*stage.layers)
         ]
+
+    @property
+    def carried(self) -> torch.dtype:
+        """Of the hidden states that stages hand on: wide enough for all that a CPU carries
+        between layers."""
+        return torch.float32 if self._device.type == "cpu" else self._dtype
 
     @property
     def stages(self) -> list[list[Piece]]:
@@ -84,7 +101,9 @@ class Decoder:
     def pack(self, stage: int) -> None:
         """Hand the weights of a filled stage to the backend; stage 0 is embedding and head."""
         if stage == 0:
-            self._head.pack(self._backend, shared=self._model.tie_embeddings)
+            if self._head is not None:
+                shared = self._model.tie_embeddings and self._embedding is not None
+                self._head.pack(self._backend, shared=shared)
             return
         for linear in self.layers[stage - 1].linears:
             linear.pack(self._backend)
@@ -102,19 +121,30 @@ class Decoder:
         )
         return self._fused is not None
 
-    def __call__(self, batch: Batch, cache: Sequence[LayerCache]) -> Tensor:
-        """Final hidden states of the rows that need logits, [len(batch.logit_rows), hidden]."""
-        x = self._embed(batch)
+    def __call__(
+        self, batch: Batch, cache: Sequence[LayerCache], before: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states of the rows that need logits, [len(batch.logit_rows), hidden].
+
+        before: what the stage before this one has given. All but the last stage give the hidden
+        states of all rows, [T, hidden], of type `carried`.
+        """
+        x = self._embed(batch) if before is None else before
         if self._fused is not None:
             return self._fused(x, batch)
+        x = x.to(self._dtype)
         residual = torch.zeros_like(x)
         for layer, pages in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, batch, pages)
+        if self._final_norm is None:
+            return (x + residual).to(self.carried)
         x, residual = x[batch.logit_rows], residual[batch.logit_rows]
         x, _ = self._norm.add(x, residual, self._final_norm)
         return x
 
     def _embed(self, batch: Batch) -> Tensor:
+        if self._embedding is None:
+            raise RuntimeError("only the first stage has the embedding")
         model = self._model
         x = self._embedding(batch.token_ids)
         if model.embedding_scale != 1.0:
@@ -126,6 +156,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, local vocabulary]."""
+        if self._head is None:
+            raise RuntimeError("only the last stage has the head")
         model, logits = self._model, self._head(hidden)
         if model.logit_scale != 1.0:
             logits = logits * model.logit_scale

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
-from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import (
     PromptLogprobs,
+    Row,
     SampledToken,
     SequenceFailure,
     StepPlan,
@@ -26,8 +28,9 @@ from .checkpoint.source import open_checkpoint
 from .decoder import Decoder
 from .layers.rope import RotaryTable
 from .loading.assign import fill
-from .models.registry import tensor_names
+from .models.registry import tensor_names, tensor_shapes
 from .parallel import TensorParallel
+from .pipeline import Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
 from .sampling.sampler import Sampled, Sampler, SampleRow
 
@@ -41,19 +44,23 @@ class Engine:
         group: TensorParallel,
         backend: KernelBackend,
         kernels: str | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        """kernels: for the load report, which backend this is and why; its name by default."""
+        """kernels: for the load report, which backend this is and why; its name by default.
+        group: the ranks of this one's stage. pipeline: the stages; one, by default."""
         self._spec, self._group, self._backend = spec, group, backend
+        self._pipeline = pipeline = pipeline or SingleStage()
         self._kernels = kernels or backend.name
         model = spec.model
         self._device = torch.device(spec.device)
         dtype = getattr(torch, spec.dtype)
         self._checkpoint = open_checkpoint(spec.checkpoint)
         self._names = tensor_names(model, self._checkpoint.kind, self._checkpoint.names())
-        self._decoder = Decoder(model, self._names, group, backend, dtype, self._device)
+        self._stage = stage = cut_stages(model, pipeline.size)[pipeline.stage]
+        self._decoder = Decoder(model, self._names, group, backend, dtype, self._device, stage)
         part = cut_model(model, group.size, group.rank)
         self._cache = PagedCache(
-            spec.cache, model.num_layers, part.heads.kv.size, model.head_dim, self._device
+            spec.cache, stage.layers.size, part.heads.kv.size, model.head_dim, self._device
         )
         rotary, local = (
             RotaryTable(rope, model.max_context, dtype, self._device) if rope else None
@@ -64,28 +71,30 @@ class Engine:
         self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
         self._grammars = Grammars(spec.tokenizer, model.vocab_size, spec.eos_token_ids)
         self._sequences: dict[int, SequenceState] = {}
+        self._unheard: deque[list[SequenceState]] = deque()
         self._next_step = 0
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LoadReport:
         """Fill the weights, slice by slice; `progress` gets elements done and in all."""
         pieces = [piece for stage in self._decoder.stages for piece in stage]
         weight_bytes = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
-        used = len({piece.source for piece in pieces})
+        used = {piece.source for piece in pieces}
         del pieces
         unused = fill(
             self._decoder,
             self._checkpoint,
             permuted_heads=self._names.permuted_heads,
             ignored=self._names.ignored,
+            elsewhere=self._elsewhere(),
             progress=progress,
         )
         self._decoder.fuse(self._cache.layers)
         self._grammars.prepare()
         return LoadReport(
-            rank=self._group.rank,
+            rank=self._stage.index * self._group.size + self._group.rank,
             weight_bytes=weight_bytes,
             kv_bytes=self._cache.num_bytes,
-            tensors_used=used,
+            tensors_used=len(used),
             tensors_ignored=unused,
             kernels=self._kernels,
         )
@@ -108,11 +117,15 @@ class Engine:
         sampled: list[SampledToken] = []
         failures: list[SequenceFailure] = []
         scores: list[PromptLogprobs] = []
-        if plan.rows:
-            batch = self._builder.build(plan.rows, self._sequences)
-            hidden = self._decoder(batch, self._cache.layers)
-            sampled, failures = self._sample(batch, hidden[: len(batch.sampled)])
-            scores, unscored = self._score(batch, hidden[len(batch.sampled) :])
+        for rows in split_rows(plan.rows, self._stage.count):
+            self._hear(rows)
+            batch = self._builder.build(rows, self._sequences)
+            hidden = self._forward(batch)
+            if hidden is None:
+                continue
+            tokens, failed = self._sample(batch, hidden[: len(batch.sampled)])
+            scored, unscored = self._score(batch, hidden[len(batch.sampled) :])
+            sampled, scores, failures = sampled + tokens, scores + scored, failures + failed
             failures += unscored
         return StepResult(
             epoch=plan.epoch,
@@ -122,6 +135,39 @@ class Engine:
             failures=failures,
             execute_s=time.perf_counter() - started,
         )
+
+    def _elsewhere(self) -> set[str]:
+        """Tensors that only other stages need."""
+        if self._stage.count == 1:
+            return set()
+        kind, present = self._checkpoint.kind, self._checkpoint.names()
+        return set(tensor_shapes(self._spec.model, kind, present))
+
+    def _forward(self, batch: Batch) -> Tensor | None:
+        """This stage's layers; None where the next one goes on."""
+        before = None
+        if not self._stage.is_first:
+            shape = (len(batch.token_ids), self._spec.model.hidden_size)
+            before = self._pipeline.receive(shape, self._decoder.carried, self._device)
+        hidden = self._decoder(batch, self._cache.layers, before)
+        if self._stage.is_last:
+            return hidden
+        self._pipeline.send(hidden)
+        if batch.sampled:
+            self._unheard.append(batch.sampled)
+        return None
+
+    def _hear(self, rows: Sequence[Row]) -> None:
+        """Take in the tokens that these rows count on, as late as can be: until then, this stage
+        need not wait for the last one."""
+        needed = {row.seq for row in rows}
+        while self._unheard and (
+            len(self._unheard) > 2 * self._stage.count
+            or any(state.seq in needed for states in self._unheard for state in states)
+        ):
+            states = self._unheard.popleft()
+            for state, token in zip(states, self._pipeline.hear(len(states)), strict=True):
+                state.token_ids.append(token)
 
     def _check_ids(self, plan: StepPlan) -> None:
         """Compiled kernels read and write where these point, without looking."""
@@ -164,6 +210,8 @@ class Engine:
             if choice.error is None:
                 token = SampledToken(state.seq, choice.token_id, choice.logprob, choice.top)
                 tokens.append(token)
+        if choices:
+            self._pipeline.announce([choice.token_id for choice in choices])
         return tokens, failures
 
     def _allowed(self, state: SequenceState) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from phalanx.kernels.fused import (
@@ -60,10 +61,10 @@ def is_plain(model: DecoderSpec) -> bool:
 
 
 class FusedLayers:
-    """All layers and the final norm as one call."""
+    """All layers of a stage, in the last one the final norm too, as one call."""
 
-    def __init__(self, program: StackProgram) -> None:
-        self._program = program
+    def __init__(self, program: StackProgram, *, ends: bool) -> None:
+        self._program, self._ends = program, ends
 
     @classmethod
     def of(
@@ -71,19 +72,18 @@ class FusedLayers:
         model: DecoderSpec,
         part: RankCut,
         layers: Sequence[DecoderLayer],
-        final_norm: Norm,
+        final_norm: Norm | None,
         cache: Sequence[LayerCache],
         group: TensorParallel,
         backend: KernelBackend,
     ) -> FusedLayers | None:
-        """None where the model is not plain or the backend cannot."""
-        if not is_plain(model) or not isinstance(backend, FusingBackend):
-            return None
-        if final_norm.weight is None or not layers:
+        """None where the model is not plain or the backend cannot. Only the last stage has a
+        final norm."""
+        if not is_plain(model) or not isinstance(backend, FusingBackend) or not layers:
             return None
         stack = PlainStack(
             layers=[_plain(layer, pages) for layer, pages in zip(layers, cache, strict=True)],
-            final_norm=final_norm.weight,
+            final_norm=None if final_norm is None else final_norm.weight,
             norm_eps=model.norm_eps,
             norm_offset=model.norm_offset,
             hidden_size=model.hidden_size,
@@ -93,14 +93,14 @@ class FusedLayers:
             intermediate_size=part.mlp.size,
         )
         program = backend.fuse(stack, _reduction(group))
-        return None if program is None else cls(program)
+        return None if program is None else cls(program, ends=final_norm is not None)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """Embeddings [T, hidden] -> final hidden states of the rows that need logits."""
+        """Embeddings, or what the stage before gives, [T, hidden] -> final hidden states of the
+        rows that need logits; or, of all rows, what the next stage takes."""
+        rows = batch.logit_rows if self._ends else torch.arange(len(x))
         try:
-            return self._program(
-                x, batch.cos, batch.sin, batch.slots, batch.attention, batch.logit_rows
-            )
+            return self._program(x, batch.cos, batch.sin, batch.slots, batch.attention, rows)
         except PeerLost as error:
             raise GroupLost(str(error)) from None
 

@@ -113,7 +113,7 @@ def _serve(
     voice.beat()
     while isinstance(message := read_to_rank(connection), StepPlan):
         result = engine.step(message)
-        if rank == 0:
+        if rank == start.spec.answering_rank:
             voice.say(result)
     if not isinstance(message, Stop):
         raise GroupLost(f"{type(message).__name__} came instead of a plan")

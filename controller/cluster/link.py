@@ -1,7 +1,7 @@
 """The sockets between one step loop and its ranks: ours, so that no step is an actor call.
 
 Ranks connect to us and say who they are, with the group's secret; whatever else connects is
-dropped. Rank 0 answers the plans; the other ranks' sockets speak only of trouble.
+dropped. One rank answers the plans; the other ranks' sockets speak only of trouble.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class RankLinks:
         self._silence_timeout_s = silence_timeout_s
         self._heard: dict[int, float] = {}
         self._loaded = False
+        self._answering = 0
         self._size, self._epoch = size, epoch
         try:
             self._listener = socket.create_server((host, 0), backlog=max(size, 8))
@@ -112,6 +113,7 @@ class RankLinks:
         self, spec: WorkerSpec, progress: Callable[[int, int, int], None], timeout_s: float
     ) -> list[LoadReport]:
         """Tell every rank what to build and wait for all reports."""
+        self._answering = spec.answering_rank
         self._broadcast(encode(Start(spec)))
         deadline = time.monotonic() + timeout_s
         reports: dict[int, LoadReport] = {}
@@ -132,9 +134,9 @@ class RankLinks:
         self._broadcast(encode(plan))
 
     def receive(self, timeout_s: float) -> StepResult:
-        """Rank 0's next result."""
+        """The next result, from the rank that answers."""
         rank, message = self._next(timeout_s)
-        if isinstance(message, StepResult) and rank == 0:
+        if isinstance(message, StepResult) and rank == self._answering:
             return message
         raise GroupLost(f"rank {rank} sent {type(message).__name__} instead of a result")
 
@@ -174,7 +176,7 @@ class RankLinks:
     def _read(self, ready: list[tuple[selectors.SelectorKey, int]]) -> tuple[int, _Message | Beat]:
         """One message of one of the sockets that can be read."""
         # a closed or complaining rank goes before a result, so look at the others first
-        key = max(ready, key=lambda item: int(item[0].data))[0]
+        key = min(ready, key=lambda item: int(item[0].data) == self._answering)[0]
         rank, connection = int(key.data), key.fileobj
         if not isinstance(connection, socket.socket):
             raise GroupLost(f"rank {rank} is not connected")

@@ -55,7 +55,7 @@ class LocalFleet:
         self._open().send(plan)
 
     def receive(self, timeout_s: float) -> StepResult:
-        """From rank 0."""
+        """From the rank that answers."""
         return self._open().receive(timeout_s)
 
     def check(self) -> None:

@@ -173,7 +173,7 @@ class RayFleet:
         self._open().send(plan)
 
     def receive(self, timeout_s: float) -> StepResult:
-        """From rank 0."""
+        """From the rank that answers."""
         try:
             return self._open().receive(timeout_s)
         except GroupLost as error:

@@ -110,6 +110,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tokens", c_int64),
         ("x", c_void_p),
+        ("x_type", c_int32),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("half", c_int64),

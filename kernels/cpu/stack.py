@@ -118,12 +118,16 @@ class NativeStack:
         if not isinstance(plan, NativePlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
         tokens, hidden_size = x.shape
-        x, cos, sin = (each.to(self._dtype).contiguous() for each in (x, cos, sin))
+        cos, sin = (each.to(self._dtype).contiguous() for each in (cos, sin))
+        x = x.to(self._dtype if x.dtype not in TYPES else x.dtype).contiguous()
         delta = self._buffers(tokens)
-        hidden = x.new_empty(len(rows), hidden_size)
+        ends = self._plain.final_norm is not None
+        dtype = self._dtype if ends else torch.float32
+        hidden = torch.empty(len(rows), hidden_size, dtype=dtype)
         step = Step(
             tokens=tokens,
             x=x.data_ptr(),
+            x_type=TYPES[x.dtype],
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             half=cos.shape[-1],

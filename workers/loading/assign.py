@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,20 +37,22 @@ def fill(
     *,
     permuted_heads: bool,
     ignored: Sequence[str] = (),
+    elsewhere: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Fill every piece of `model`; return the checkpoint tensors that were left unused by name.
 
     `progress` is called with elements done and in all. Raises `ModelError` for a tensor that is
     missing or misshapen, and for one in the checkpoint that is neither used nor in `ignored`
-    (a prefix of the names that may be left out).
+    (a prefix of the names that may be left out). Tensors of other stages, `elsewhere`, are none of
+    this rank's business.
     """
     stages = model.stages
     names = set(checkpoint.names())
     wanted = {piece.source for stage in stages for piece in stage}
     if missing := sorted(wanted - names):
         raise ModelError(f"checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    unused = sorted(names - wanted)
+    unused = sorted(names - wanted - set(elsewhere))
     unknown = [name for name in unused if not name.startswith(tuple(ignored))]
     if unknown:
         raise ModelError(

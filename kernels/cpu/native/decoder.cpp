@@ -26,8 +26,8 @@ struct Program {
     void begin() const {
         team.split(step.tokens, kGrain, [&](int64_t first, int64_t last) {
             int64_t start = first * stack.hidden, size = (last - first) * stack.hidden;
-            backend.isa->convert((const char*)step.x + start * bytes(), stack.type, size,
-                                 at.residual + start, kFloat);
+            backend.isa->convert((const char*)step.x + start * type_bytes(step.x_type),
+                                 step.x_type, size, at.residual + start, kFloat);
         });
     }
 
@@ -37,6 +37,13 @@ struct Program {
         backend.isa->rms_norm(fresh ? nullptr : step.delta + place, kFloat, at.residual + place,
                               kFloat, weight, kFloat, 0.0f, stack.eps, stack.hidden, out,
                               stack.type);
+    }
+    // What norm_row would norm after the last half.
+    void add_row(int64_t row, float* out) const {
+        int64_t place = row * stack.hidden;
+        for (int64_t j = 0; j < stack.hidden; j++) {
+            out[j] = at.residual[place + j] + step.delta[place + j];
+        }
     }
     void norm(const float* weight, bool fresh) const {
         team.split(step.tokens, kGrain, [&](int64_t first, int64_t last) {
@@ -131,6 +138,10 @@ struct Program {
     void finish() const {
         team.split(step.num_rows, kGrain, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) {
+                if (!stack.final_norm) {
+                    add_row(step.rows[i], (float*)step.hidden + i * stack.hidden);
+                    continue;
+                }
                 char* out = (char*)step.hidden + i * stack.hidden * bytes();
                 norm_row(step.rows[i], stack.final_norm, false, out);
             }

@@ -23,7 +23,7 @@ struct Stack {
     int64_t head_stride, block_size;
     float scale, softcap, eps;
     const Layer* layers;
-    const float* final_norm;
+    const float* final_norm;  // null in a stack that others follow
 };
 
 // The shared-memory segment of the ranks: `size` counters, one a cache line, then slots
@@ -36,14 +36,15 @@ struct Segment {
 
 struct Step {
     int64_t tokens;
-    const void* x;           // [T, hidden], embeddings
+    const void* x;           // [T, hidden], embeddings or what the layers before gave
+    int32_t x_type;
     const void *cos, *sin;   // [T, half]
     int64_t half;
     const int64_t* slots;    // [T]
     const Spans* spans;
     const int64_t* rows;     // rows whose hidden states are wanted
     int64_t num_rows;
-    void* hidden;            // [num_rows, hidden]
+    void* hidden;            // [num_rows, hidden]; without a final norm, float
     float* delta;            // [T, hidden], what the last half layer adds to the residual
     char* memory;            // kept from half to half: stack_bytes of it
 };
@@ -57,7 +58,8 @@ struct Activations {
 int64_t stack_bytes(const Stack& stack, int64_t tokens);
 
 // Half layers [first, last) of a step: half 2 i is the attention of layer i, 2 i + 1 its
-// feed-forward; "half" 2 * count is the final norm of the wanted rows. With a segment
+// feed-forward; "half" 2 * count is the final norm of the wanted rows, or, without one, their
+// sums, with which the next stack begins. With a segment
 // the ranks' parts are summed in here; without, the caller sums `delta` after each half.
 // Returns 0, or 1 + the rank that did not come.
 int64_t run_stack(Backend& backend, const Stack& stack, const Step& step, const Segment* segment,
