@@ -38,7 +38,6 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     port: int
-    tp_size: int
     collectives: str
     """"shm", "gloo" or "nccl"."""
     threads: int

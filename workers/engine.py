@@ -30,7 +30,7 @@ from .layers.rope import RotaryTable
 from .loading.assign import fill
 from .models.registry import tensor_names, tensor_shapes
 from .parallel import TensorParallel
-from .pipeline import Pipeline, SingleStage, split_rows
+from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
 from .sampling.sampler import Sampled, Sampler, SampleRow
 
@@ -162,7 +162,7 @@ class Engine:
         need not wait for the last one."""
         needed = {row.seq for row in rows}
         while self._unheard and (
-            len(self._unheard) > 2 * self._stage.count
+            len(self._unheard) > MOST_UNHEARD * self._stage.count
             or any(state.seq in needed for states in self._unheard for state in states)
         ):
             states = self._unheard.popleft()

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from phalanx.kernels.fused import FusingBackend
 from phalanx.kernels.select import select_backend
@@ -17,6 +17,7 @@ from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec
 
 from .engine import Engine
 from .parallel import SingleRank, TensorParallel
+from .pipeline import DistributedStage, Pipeline, SingleStage
 from .sampling.exchange import PIECE
 from .shared_memory import SharedMemoryRank
 
@@ -33,12 +34,8 @@ class Rendezvous(Protocol):
         """Port of rank 0's store."""
 
     @property
-    def tp_size(self) -> int:
-        """Ranks of the group."""
-
-    @property
     def collectives(self) -> str:
-        """shm, gloo or nccl."""
+        """shm, gloo or nccl, for the ranks of a stage."""
 
     @property
     def threads(self) -> int:
@@ -80,36 +77,68 @@ class DistributedRank:
 
 def form_group(
     spec: WorkerSpec, rank: int, rendezvous: Rendezvous, listener: socket.socket | None
-) -> TensorParallel:
-    """Meet the other ranks. Rank 0 serves the store on `listener`, a socket bound by us,
-    because the store would otherwise listen on every interface."""
-    size = rendezvous.tp_size
-    if size == 1:
-        return SingleRank()
+) -> tuple[TensorParallel, Pipeline]:
+    """Meet the other ranks: those of the own stage, and those of equal place in other stages.
+
+    Rank 0 serves the store on `listener`, a socket bound by us, because the store would otherwise
+    listen on every interface.
+    """
+    if spec.num_ranks == 1:
+        return SingleRank(), SingleStage()
     timeout = timedelta(seconds=rendezvous.timeout_s)
     store = TCPStore(
         rendezvous.host,
         rendezvous.port,
-        size,
+        spec.num_ranks,
         is_master=rank == 0,
         timeout=timeout,
         master_listen_fd=None if listener is None else listener.detach(),
     )
-    if rendezvous.collectives == "shm":
-        return _shared_memory(spec, rank, size, store, timeout)
-    dist.init_process_group(
-        rendezvous.collectives, store=store, rank=rank, world_size=size, timeout=timeout
-    )
+    stage, place = divmod(rank, spec.tp_size)
+    shared = rendezvous.collectives == "shm" or spec.tp_size == 1
+    pipeline: Pipeline = SingleStage()
+    if spec.pp_size > 1 or not shared:
+        # tokens and addresses go by gloo, on GPUs too: between stages NCCL's order of sends and
+        # receives could not be kept in both directions
+        backend = rendezvous.collectives if spec.pp_size == 1 else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=spec.num_ranks, timeout=timeout
+        )
+    if spec.pp_size > 1:
+        direct = None
+        if rendezvous.collectives == "nccl":
+            direct = dist.new_group(range(spec.num_ranks), timeout, "nccl")
+        lane = list(range(place, spec.num_ranks, spec.tp_size))
+        pipeline = DistributedStage(stage, lane, direct)
+    if spec.tp_size == 1:
+        return SingleRank(), pipeline
+    if shared:
+        own = PrefixStore(f"stage-{stage}", store)
+        return _shared_memory(spec, place, own, timeout), pipeline
+    group = DistributedRank(_stage_group(spec, stage, rendezvous.collectives, timeout))
+    group.all_reduce(torch.zeros(1, device=spec.device))  # connections are made here, not later
+    return group, pipeline
+
+
+def _stage_group(
+    spec: WorkerSpec, stage: int, collectives: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """The ranks of one stage; everybody takes part in the making of all."""
     if dist.group.WORLD is None:
         raise RuntimeError("torch.distributed formed no group")
-    group = DistributedRank(dist.group.WORLD)
-    group.all_reduce(torch.zeros(1, device=spec.device))  # connections are made here, not later
-    return group
+    if spec.pp_size == 1:
+        return dist.group.WORLD
+    starts = range(0, spec.num_ranks, spec.tp_size)
+    groups: list[dist.ProcessGroup] = [
+        dist.new_group(range(start, start + spec.tp_size), timeout, collectives) for start in starts
+    ]
+    return groups[stage]
 
 
 def _shared_memory(
-    spec: WorkerSpec, rank: int, size: int, store: Store, timeout: timedelta
+    spec: WorkerSpec, rank: int, store: Store, timeout: timedelta
 ) -> SharedMemoryRank:
+    size = spec.tp_size
     width = spec.model.hidden_size * DTYPE_BYTES[spec.dtype]
     slot = max(spec.max_tokens_per_step * width, PIECE * 8)
 
@@ -136,5 +165,5 @@ def build_engine(
     if isinstance(backend, FusingBackend):
         # it brings its own threads; torch's, which spin while they wait, would fight with them
         torch.set_num_threads(1)
-    group = form_group(spec, rank, rendezvous, listener)
-    return Engine(spec, group, backend, reason.removeprefix("kernels: "))
+    group, pipeline = form_group(spec, rank, rendezvous, listener)
+    return Engine(spec, group, backend, reason.removeprefix("kernels: "), pipeline)

@@ -8,16 +8,23 @@ the same time. Like `TensorParallel`, a `Pipeline` is handed to constructors.
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.protos.errors import GroupLost
 from phalanx.protos.steps import Row
+
+SENT_AHEAD = 2
+"""Hidden states that a stage has sent and the next one not yet taken, at most."""
+MOST_UNHEARD = 2
+"""Announcements that a stage has not heard, at most, for each stage of the pipeline."""
 
 _Item = TypeVar("_Item")
 
@@ -126,6 +133,79 @@ class ThreadStage:
             return box.get(timeout=self._timeout)
         except queue.Empty:
             raise GroupLost(f"stage {self._stage}: nothing came from a peer") from None
+
+
+class DistributedStage:
+    """A stage that is a process of its own, over torch.distributed.
+
+    Hidden states go through gloo, by way of host memory, or straight through NCCL; tokens always
+    through gloo.
+    """
+
+    def __init__(
+        self, stage: int, lane: Sequence[int], direct: dist.ProcessGroup | None = None
+    ) -> None:
+        """lane: the world's numbers of the ranks of equal place in every stage. direct: a group
+        of all ranks for tensors that stay on their devices."""
+        self._stage, self._lane, self._direct = stage, list(lane), direct
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._said: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @property
+    def stage(self) -> int:
+        """This stage."""
+        return self._stage
+
+    @property
+    def size(self) -> int:
+        """Number of stages."""
+        return len(self._lane)
+
+    def send(self, hidden: Tensor) -> None:
+        """Waits only where the next stage is more than `SENT_AHEAD` tensors behind."""
+        if self._direct is None:
+            hidden = hidden.cpu()
+        _post(self._sent, hidden, self._lane[self._stage + 1], self._direct)
+        _settle(self._sent, SENT_AHEAD)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Raises when nothing came in time."""
+        place = torch.device("cpu") if self._direct is None else device
+        hidden = torch.empty(shape, dtype=dtype, device=place)
+        dist.recv(hidden, self._lane[self._stage - 1], group=self._direct)
+        return hidden.to(device)
+
+    def announce(self, tokens: Sequence[int]) -> None:
+        """To the ranks of equal place, who hear in time: all that is waited for is long heard."""
+        told = torch.tensor(tokens, dtype=torch.int64)
+        for rank in self._lane[:-1]:
+            _post(self._said, told, rank, None)
+        _settle(self._said, (MOST_UNHEARD * self.size + 2) * self.size)
+
+    def hear(self, count: int) -> list[int]:
+        """Raises when nothing came in time."""
+        told = torch.empty(count, dtype=torch.int64)
+        dist.recv(told, self._lane[-1])
+        return [int(token) for token in told.tolist()]
+
+
+def _post(
+    posted: deque[tuple[dist.Work, Tensor]],
+    tensor: Tensor,
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Begin to send, and keep the tensor until it has been."""
+    tensor = tensor.contiguous()
+    work = dist.isend(tensor, rank, group=group)
+    if work is None:
+        raise RuntimeError("torch.distributed sends nothing")
+    posted.append((work, tensor))
+
+
+def _settle(posted: deque[tuple[dist.Work, Tensor]], most: int) -> None:
+    while len(posted) > most:
+        posted.popleft()[0].wait()
 
 
 def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:

@@ -150,7 +150,6 @@ class RayFleet:
             rendezvous = Rendezvous(
                 host=store_host,
                 port=port,
-                tp_size=self._tp_size,
                 collectives=self._resolve_collectives(),
                 threads=self._threads or self._share_of_cores(node),
                 timeout_s=self._step_timeout_s,

@@ -56,7 +56,6 @@ while not port.exists():
 rendezvous = SimpleNamespace(
     host="127.0.0.1",
     port=int(port.read_text()),
-    tp_size=told["tp_size"],
     collectives=told["collectives"],
     threads=1,
     timeout_s=30.0,
@@ -72,18 +71,17 @@ serve_rank(
 class Processes:
     """Mains of a `LocalFleet` whose ranks are processes."""
 
-    def __init__(self, folder: Path, tp_size: int, collectives: str) -> None:
-        self._folder, self._tp_size, self._collectives = folder, tp_size, collectives
+    def __init__(self, folder: Path, count: int, collectives: str) -> None:
+        self._folder, self._count, self._collectives = folder, count, collectives
         self.ranks: dict[int, subprocess.Popen[bytes]] = {}
 
     def mains(self) -> list[Callable[[Address, Hello], None]]:
-        return [self.main] * self._tp_size
+        return [self.main] * self._count
 
     def main(self, address: Address, hello: Hello) -> None:
         told = {
             "rank": hello.rank,
             "folder": str(self._folder),
-            "tp_size": self._tp_size,
             "collectives": self._collectives,
             "address": address,
             "epoch": hello.epoch,
@@ -107,8 +105,8 @@ class Processes:
 def processes(tmp_path: Path) -> Iterator[Callable[[int, str], Processes]]:
     made: list[Processes] = []
 
-    def make(tp_size: int, collectives: str) -> Processes:
-        made.append(Processes(tmp_path, tp_size, collectives))
+    def make(count: int, collectives: str) -> Processes:
+        made.append(Processes(tmp_path, count, collectives))
         return made[-1]
 
     yield make
@@ -133,13 +131,14 @@ def start() -> Iterator[Callable[..., LocalFleet]]:
         fleet.stop()
 
 
-def spec_of(folder: Path, tp_size: int) -> WorkerSpec:
+def spec_of(folder: Path, tp_size: int, pp_size: int = 1) -> WorkerSpec:
     model = resolve_model(str(folder))
     return WorkerSpec(
         checkpoint=model.checkpoint,
         model=model.spec,
         dtype="float32",
         tp_size=tp_size,
+        pp_size=pp_size,
         cache=CacheSpec(block_size=4, num_blocks=16, dtype="float32"),
         max_tokens_per_step=64,
         max_running=8,
@@ -214,6 +213,42 @@ def test_two_processes_give_the_tokens_of_one_engine(
     assert [group.ranks[rank].wait(timeout=30) for rank in (0, 1)] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("pp_size", "tp_size", "collectives"),
+    [
+        (3, 1, "gloo"),
+        (2, 2, "gloo"),
+        pytest.param(2, 2, "shm", marks=pytest.mark.skipif(not supported(), reason="needs x86")),
+    ],
+)
+def test_stages_of_processes_give_the_tokens_of_one_engine(
+    tiny_llama: Callable[..., Path],
+    processes: Callable[[int, str], Processes],
+    start: Callable[..., LocalFleet],
+    pp_size: int,
+    tp_size: int,
+    collectives: str,
+) -> None:
+    """Two plans are always under way, so that the first stage runs ahead of the last one."""
+    folder = tiny_llama(num_hidden_layers=3, tie_word_embeddings=True)
+    group = processes(pp_size * tp_size, collectives)
+    fleet = start(spec_of(folder, tp_size, pp_size), group.mains())
+    expected, outputs = in_process(folder), {seq: list[int]() for seq in PROMPTS}
+    for plan in plans():
+        fleet.send(plan)
+        if plan.step > 0:
+            take(fleet, outputs)
+    take(fleet, outputs)
+    assert outputs == expected
+    fleet.stop()
+    assert [rank.wait(timeout=30) for rank in group.ranks.values()] == [0] * pp_size * tp_size
+
+
+def take(fleet: LocalFleet, outputs: dict[int, list[int]]) -> None:
+    for token in fleet.receive(timeout_s=30).sampled:
+        outputs[token.seq].append(token.token_id)
+
+
 def test_rank_threads_give_the_tokens_of_one_engine(
     tiny_llama: Callable[..., Path], start: Callable[..., LocalFleet]
 ) -> None:
@@ -222,15 +257,18 @@ def test_rank_threads_give_the_tokens_of_one_engine(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("pp_size", "tp_size"), [(1, 2), (2, 1)])
 def test_a_killed_rank_is_named(
     tiny_llama: Callable[..., Path],
     processes: Callable[[int, str], Processes],
     start: Callable[..., LocalFleet],
     victim: int,
+    pp_size: int,
+    tp_size: int,
 ) -> None:
-    """Killed between two steps; the survivor waits in a collective meanwhile."""
+    """Killed between two steps; the survivor waits for it meanwhile."""
     group = processes(2, "gloo")
-    fleet = start(spec_of(tiny_llama(), 2), group.mains())
+    fleet = start(spec_of(tiny_llama(), tp_size, pp_size), group.mains())
     steps = plans()
     over_sockets(fleet)(next(steps))
     group.ranks[victim].send_signal(signal.SIGKILL)
