@@ -63,7 +63,7 @@ async def start_cluster(
         served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
         plan_unplaced(config, served)
         metrics = Metrics()
-        ranks = config.tp * config.replicas
+        ranks = config.ranks_per_replica * config.replicas
         verbose = config.log_level == "debug"
         ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
         stack.push_async_callback(asyncio.to_thread, ray.close)

@@ -68,7 +68,13 @@ class ClusterConfig:
         metadata={"rule": Rule("Model: smollm2, a folder of safetensors, or a .gguf file.")}
     )
     tp: int = _option(1, "Ranks of a replica; each holds a slice of every layer.", low=1, high=1024)
-    replicas: int = _option(1, "Copies of the model, each of TP ranks.", low=1, high=1024)
+    pp: int = _option(
+        1,
+        "Pipeline stages of a replica; each holds a run of layers on TP ranks.",
+        low=1,
+        high=1024,
+    )
+    replicas: int = _option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
     dtype: str = _option("auto", "Number format of weights and activations.", choices=DTYPES)
     kv_dtype: str = _option("auto", "Number format of the KV cache.", choices=DTYPES)
     device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
@@ -133,9 +139,10 @@ class ClusterConfig:
         None, "A running Ray cluster; embedded starts one here.", unset="embedded", group="Cluster"
     )
     placement: str = _option(
-        "STRICT_PACK",
-        "How a replica's ranks are laid over nodes.",
-        choices=("STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"),
+        "auto",
+        "How a replica's ranks, or of several stages the stages, are laid over nodes; auto keeps "
+        "ranks on one node and spreads stages.",
+        choices=("auto", "STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"),
         group="Cluster",
     )
     collectives: str = _option(
@@ -209,6 +216,11 @@ class ClusterConfig:
                 "tls_cert, tls_key and tls_client_ca; or with insecure"
             )
         return wrong
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks of all stages."""
+        return self.tp * self.pp
 
     @property
     def metrics_needs_tls(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phalanx.protos.shards import cut_model
+from phalanx.protos.shards import Stage, cut_model, cut_stages
 from phalanx.protos.specs import DecoderSpec
 
 from .cluster.fleet import RankFacts
@@ -19,7 +19,7 @@ class ReplicaHandle:
 
     block_tokens: tokens of a KV block. namespace: of the prefixes that it caches, see
     `KVCacheManager`. meter: observes its steps; None: its speed is unknown. places: samples that it
-    computes together at most; None: no bound.
+    computes together at most; None: no bound. num_stages: among which its ranks are divided.
     """
 
     def __init__(
@@ -32,11 +32,13 @@ class ReplicaHandle:
         namespace: bytes = b"",
         meter: PaceMeter | None = None,
         places: int | None = None,
+        num_stages: int = 1,
     ) -> None:
         self.index, self.replica = index, replica
         self.naming = PrefixNaming(block_tokens, namespace)
         self.places = places
         self._ranks, self._meter = tuple(ranks), meter
+        self._num_stages = num_stages
         self.proven = False
         """Whether it has produced a canary token."""
 
@@ -64,10 +66,11 @@ class ReplicaHandle:
         """As of its last step."""
         stats = self.replica.stats()
         lost = self.replica.lost is not None
+        stages = cut_stages(model, self._num_stages)
         return ReplicaSnapshot(
             replica_id=self.replica_id,
             state="lost" if lost else "ready" if self.proven else "starting",
-            ranks=tuple(_rank(facts, model, len(self._ranks)) for facts in self._ranks),
+            ranks=tuple(_rank(facts, model, stages, len(self._ranks)) for facts in self._ranks),
             running_requests=stats.running,
             waiting_requests=stats.waiting,
             kv_blocks_total=stats.blocks_total,
@@ -80,8 +83,12 @@ class ReplicaHandle:
         )
 
 
-def _rank(facts: RankFacts, model: DecoderSpec, tp_size: int) -> RankSnapshot:
-    heads = cut_model(model, tp_size, facts.rank).heads.query
+def _rank(
+    facts: RankFacts, model: DecoderSpec, stages: Sequence[Stage], num_ranks: int
+) -> RankSnapshot:
+    tp_size = num_ranks // len(stages)
+    index, place = divmod(facts.rank, tp_size)
+    heads, layers = cut_model(model, tp_size, place).heads.query, stages[index].layers
     return RankSnapshot(
         rank=facts.rank,
         node=facts.node,
@@ -90,4 +97,7 @@ def _rank(facts: RankFacts, model: DecoderSpec, tp_size: int) -> RankSnapshot:
         kv_bytes=facts.report.kv_bytes,
         head_start=heads.start,
         head_stop=heads.stop,
+        stage=index,
+        layer_start=layers.start,
+        layer_stop=layers.stop,
     )

@@ -83,6 +83,7 @@ class ReplicaStarter:
             namespace=cache.naming.namespace,
             meter=meter,
             places=config.max_running,
+            num_stages=config.pp,
         )
         replica.start()
         return handle
@@ -94,6 +95,7 @@ class ReplicaStarter:
         config = self._config
         fleet = RayFleet(
             config.tp,
+            config.pp,
             self._device,
             placement=config.placement,
             collectives=config.collectives,

@@ -17,6 +17,10 @@ from .specs import DTYPE_BYTES, DecoderSpec, LatentSpec
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits that exist at a time; a step that needs more computes them in turns."""
+MAX_CARRIED = 2
+"""Hidden states of micro-batches that a stage has sent and the next one not taken, at most."""
+CARRIED_BYTES = 4
+"""Of an element of hidden states between stages, at most."""
 
 
 class Span(NamedTuple):

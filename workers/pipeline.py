@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.protos.errors import GroupLost
+from phalanx.protos.shards import MAX_CARRIED
 from phalanx.protos.steps import Row
 
-SENT_AHEAD = 2
-"""Hidden states that a stage has sent and the next one not yet taken, at most."""
 MOST_UNHEARD = 2
 """Announcements that a stage has not heard, at most, for each stage of the pipeline."""
 
@@ -162,11 +161,11 @@ class DistributedStage:
         return len(self._lane)
 
     def send(self, hidden: Tensor) -> None:
-        """Waits only where the next stage is more than `SENT_AHEAD` tensors behind."""
+        """Waits only where the next stage is more than `MAX_CARRIED` tensors behind."""
         if self._direct is None:
             hidden = hidden.cpu()
         _post(self._sent, hidden, self._lane[self._stage + 1], self._direct)
-        _settle(self._sent, SENT_AHEAD)
+        _settle(self._sent, MAX_CARRIED)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Raises when nothing came in time."""

@@ -7,9 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from phalanx.protos.errors import ConfigError
-from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, kv_bytes_per_token, weight_bytes
+from phalanx.protos.shards import (
+    CARRIED_BYTES,
+    MAX_CARRIED,
+    MAX_LOGIT_ROWS,
+    Stage,
+    cut_model,
+    cut_stages,
+    kv_bytes_per_token,
+    weight_bytes,
+    whole,
+)
 from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType
 
 HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
@@ -25,7 +36,8 @@ PIECE_SCORES = 1 << 20  # that this is done for at a time
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """One rank's memory in bytes; `kv_tokens` is the size of its pool in tokens."""
+    """One rank's memory in bytes; `kv_tokens` is the size of its pool in tokens. Ranks are counted
+    through all stages."""
 
     rank: int
     weights: int
@@ -59,6 +71,8 @@ class MemoryPlan:
     dtype: DType
     """Of weights and activations."""
     cache: CacheSpec
+    stages: tuple[Stage, ...]
+    """Each has the same number of `ranks`."""
 
     @property
     def kv_tokens(self) -> int:
@@ -74,6 +88,7 @@ def activation_bytes(
     rank: int,
     max_tokens_per_step: int,
     max_running: int,
+    stage: Stage | None = None,
 ) -> int:
     """Peak of a step's temporaries on one rank, in bytes: an estimate from above.
 
@@ -90,8 +105,10 @@ def activation_bytes(
     worked out in pieces. Blocks that keep their input need one hidden state more, a sliding window
     a mask of T^2 bytes, latent attention its small vectors, and scores that are capped or biased 12
     bytes each, a piece at a time. Of the pages that attention gathers, no more are counted than the
-    step has tokens.
+    step has tokens. Of several stages, each has 4 T hidden bytes for what it takes and for each of
+    what it has sent, and only the last one has logits.
     """
+    stage = stage or whole(model)
     part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[dtype]
     query = part.heads.query.size * model.head_dim
     kv = part.heads.kv.size * model.head_dim
@@ -107,6 +124,10 @@ def activation_bytes(
     if model.attention_softcap or model.alibi_slopes:
         scores = part.heads.query.size * max_tokens_per_step**2
         layers += SCORE_BYTES * min(scores, PIECE_SCORES)
+    if stage.count > 1:
+        layers += (1 + MAX_CARRIED) * max_tokens_per_step * model.hidden_size * CARRIED_BYTES
+    if not stage.is_last:
+        return layers
     sampling = _logit_bytes(part.vocab.size, min(max_running, MAX_LOGIT_ROWS), size, LOGIT_COPIES)
     scoring = _logit_bytes(part.vocab.size, min(max_tokens_per_step, MAX_LOGIT_ROWS), size, 1)
     return max(layers, sampling, scoring)
@@ -130,8 +151,11 @@ def plan_memory(
     memory_per_rank: Sequence[int] | None,
     kv_tokens: int | None,
     min_kv_tokens: int = 1,
+    pp_size: int = 1,
 ) -> MemoryPlan:
     """Divide `memory_per_rank` (bytes, one entry a rank) into weights, temporaries and KV blocks.
+
+    Ranks are those of the first stage, then those of the second one, and so on.
 
     `kv_tokens` asks for a pool of so many tokens, rounded up to blocks; None fills the memory.
     Without `memory_per_rank` nothing can be compared, and `kv_tokens` must be given. A pool of
@@ -141,6 +165,7 @@ def plan_memory(
     _check(
         model,
         tp_size=tp_size,
+        pp_size=pp_size,
         dtype=dtype,
         kv_dtype=kv_dtype,
         memory_per_rank=memory_per_rank,
@@ -152,39 +177,43 @@ def plan_memory(
             "min_kv_tokens": min_kv_tokens,
         },
     )
-    ranks = []
-    for rank in range(tp_size):
-        fixed = _fixed(model, dtype, tp_size, rank, max_tokens_per_step, max_running)
-        ranks.append(
-            replace(
-                fixed,
-                kv_per_token=kv_bytes_per_token(model, tp_size, rank, kv_dtype),
-                available=None if memory_per_rank is None else memory_per_rank[rank],
-            )
+    stages = cut_stages(model, pp_size)
+    ranks = [
+        replace(
+            _empty(model, stage, place, dtype, kv_dtype, tp_size, max_tokens_per_step, max_running),
+            available=None if memory_per_rank is None else memory_per_rank[rank],
         )
+        for rank, (stage, place) in enumerate(product(stages, range(tp_size)))
+    ]
     wanted = -(-(kv_tokens or min_kv_tokens) // block_size)
+    advice = [f"a tp_size above {tp_size}"]
+    if pp_size < model.num_layers:
+        advice.append(f"a pp_size above {pp_size}")
     for memory in ranks:
-        _check_fits(memory, wanted * block_size, tp_size, dtype)
+        _check_fits(memory, wanted * block_size, dtype, advice)
     blocks = wanted if kv_tokens else min(filter(None, (_blocks(m, block_size) for m in ranks)))
     return MemoryPlan(
         ranks=tuple(replace(memory, kv_tokens=blocks * block_size) for memory in ranks),
         dtype=dtype,
         cache=CacheSpec(block_size=block_size, num_blocks=blocks, dtype=kv_dtype),
+        stages=stages,
     )
 
 
-def _fixed(
+def _empty(
     model: DecoderSpec,
+    stage: Stage,
+    place: int,
     dtype: DType,
+    kv_dtype: DType,
     tp_size: int,
-    rank: int,
     max_tokens_per_step: int,
     max_running: int,
 ) -> RankMemory:
-    """What a rank holds before there is a cache."""
+    """What the rank in `place` of a stage holds before there is a cache."""
     return RankMemory(
-        rank=rank,
-        weights=weight_bytes(model, tp_size, rank, dtype),
+        rank=stage.index * tp_size + place,
+        weights=weight_bytes(model, tp_size, place, dtype, stage),
         # cos and sin of half the rotated dimensions, in the model's dtype
         rope_table=model.max_context
         * sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
@@ -193,11 +222,12 @@ def _fixed(
             model,
             dtype=dtype,
             tp_size=tp_size,
-            rank=rank,
+            rank=place,
             max_tokens_per_step=max_tokens_per_step,
             max_running=max_running,
+            stage=stage,
         ),
-        kv_per_token=0,
+        kv_per_token=kv_bytes_per_token(model, tp_size, place, kv_dtype, stage),
         kv_tokens=0,
     )
 
@@ -206,6 +236,7 @@ def _check(
     model: DecoderSpec,
     *,
     tp_size: int,
+    pp_size: int,
     dtype: str,
     kv_dtype: str,
     memory_per_rank: Sequence[int] | None,
@@ -226,20 +257,19 @@ def _check(
         raise ConfigError(f"kv_tokens is {asked}, at least {least} are needed")
     if memory_per_rank is None and asked is None:
         raise ConfigError("kv_tokens is needed where memory_per_rank is not given")
-    if memory_per_rank is not None and len(memory_per_rank) != tp_size:
+    ranks = pp_size * tp_size
+    if memory_per_rank is not None and len(memory_per_rank) != ranks:
         raise ConfigError(
-            f"memory_per_rank has {len(memory_per_rank)} entries, tp_size {tp_size} needs as many"
+            f"memory_per_rank has {len(memory_per_rank)} entries, {ranks} ranks need as many"
         )
 
 
-def _check_fits(memory: RankMemory, kv_tokens: int, tp_size: int, dtype: str) -> None:
+def _check_fits(memory: RankMemory, kv_tokens: int, dtype: str, advice: list[str]) -> None:
     """Refuse a rank whose memory cannot hold its weights, temporaries and `kv_tokens`."""
     needed = memory.fixed + memory.kv_per_token * kv_tokens
     if memory.available is None or needed <= memory.available:
         return
-    advice = [f"a tp_size above {tp_size}"]
-    if DTYPE_BYTES[dtype] > 2:
-        advice.append("a 2-byte dtype")
+    advice = [*advice, *(["a 2-byte dtype"] if DTYPE_BYTES[dtype] > 2 else [])]
     advice.append("fewer max_tokens_per_step")
     if memory.fixed < memory.available:
         advice.append(

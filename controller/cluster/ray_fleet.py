@@ -82,11 +82,15 @@ class RayCluster:
 
 
 class RayFleet:
-    """`Fleet` with one actor per rank in a placement group: `reserve`, then `start`."""
+    """`Fleet` with one actor per rank in a placement group: `reserve`, then `start`.
+
+    Of several stages, each is one place of the group, so that its ranks share a node.
+    """
 
     def __init__(
         self,
         tp_size: int,
+        pp_size: int,
         device: Device,
         *,
         placement: str,
@@ -99,7 +103,10 @@ class RayFleet:
     ) -> None:
         """threads: CPU threads of a rank; None divides a node's cores by the ranks that it may
         get, `replicas` times those of this fleet."""
-        self._tp_size, self._device, self._placement = tp_size, device, placement
+        self._tp_size, self._pp_size, self._device = tp_size, pp_size, device
+        if placement == "auto":
+            placement = "STRICT_PACK" if pp_size == 1 else "SPREAD"
+        self._placement = placement
         self._collectives, self._threads, self._replicas = collectives, threads, replicas
         self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
         self._silence_timeout_s = silence_timeout_s
@@ -111,19 +118,24 @@ class RayFleet:
 
     def reserve(self) -> list[NodeFacts]:
         """Take the places and look around in them. Raises `ConfigError` when there are none."""
-        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._device == "cuda" else {})
-        self._check_room(bundle)
-        group = self._group = placement_group([bundle] * self._tp_size, strategy=self._placement)
+        each = {"CPU": 1.0} | ({"GPU": 1.0} if self._device == "cuda" else {})
+        self._check_room(each)
+        bundles = [each] * self._tp_size
+        if self._pp_size > 1:
+            stage = {name: amount * self._tp_size for name, amount in each.items()}
+            bundles = [stage] * self._pp_size
+        group = self._group = placement_group(bundles, strategy=self._placement)
         if not group.wait(self._start_timeout_s):
             self.stop()
             raise ConfigError(
-                f"tp is {self._tp_size} with placement {self._placement}: no such place became "
+                f"{self._shape} with placement {self._placement}: no such place became "
                 f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
                 f"{_resources(ray.available_resources())} free"
             )
         remote = ray.remote(RankActor)
-        for rank in range(self._tp_size):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        for rank in range(self._num_ranks):
+            index = rank if self._pp_size == 1 else rank // self._tp_size
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             actor = remote.options(
                 num_cpus=1,
                 num_gpus=1 if self._device == "cuda" else 0,
@@ -140,11 +152,11 @@ class RayFleet:
         local = {node.address for node in self._nodes} == {ray.util.get_node_ip_address()}
         host = LOOPBACK if local else ray.util.get_node_ip_address()
         links = self._links = RankLinks(
-            self._tp_size, spec.epoch, host, silence_timeout_s=self._silence_timeout_s
+            self._num_ranks, spec.epoch, host, silence_timeout_s=self._silence_timeout_s
         )
         store_host = LOOPBACK if local else self._nodes[0].address
         port = 0
-        if self._tp_size > 1:
+        if self._num_ranks > 1:
             [port] = self._call([self._actors[0].open_store.remote(store_host)])
         for rank, (actor, node) in enumerate(zip(self._actors, self._nodes, strict=True)):
             rendezvous = Rendezvous(
@@ -195,6 +207,14 @@ class RayFleet:
             remove_placement_group(self._group)
         self._group, self._actors, self._runs = None, [], []
 
+    @property
+    def _num_ranks(self) -> int:
+        return self._pp_size * self._tp_size
+
+    @property
+    def _shape(self) -> str:
+        return f"tp is {self._tp_size}" + (f", pp is {self._pp_size}" if self._pp_size > 1 else "")
+
     def _open(self) -> RankLinks:
         if self._links is None:
             raise RuntimeError("the fleet is not started")
@@ -204,10 +224,10 @@ class RayFleet:
         """Refuse at once what the whole cluster cannot hold, busy or not."""
         total = ray.cluster_resources()
         for name, each in bundle.items():
-            needed = each * self._tp_size
+            needed = each * self._num_ranks
             if total.get(name, 0) < needed:
                 raise ConfigError(
-                    f"tp is {self._tp_size}, which takes {needed:g} {name}; the Ray cluster has "
+                    f"{self._shape}, which takes {needed:g} {name}; the Ray cluster has "
                     f"{_resources(total)}"
                 )
 
@@ -216,7 +236,11 @@ class RayFleet:
         return max(node.cpu_count // (neighbours * self._replicas), 1)
 
     def _resolve_collectives(self) -> str:
-        one_node = len({node.address for node in self._nodes}) == 1
+        stages = [
+            {node.address for node in self._nodes[first : first + self._tp_size]}
+            for first in range(0, self._num_ranks, self._tp_size)
+        ]
+        one_node = all(len(addresses) == 1 for addresses in stages)
         shared = one_node and all(node.shared_memory for node in self._nodes)
         if self._collectives == "auto":
             return "nccl" if self._device == "cuda" else "shm" if shared else "gloo"

@@ -52,6 +52,7 @@ def plan_config(
         dtype=dtype,
         kv_dtype=kv_dtype,
         tp_size=config.tp,
+        pp_size=config.pp,
         block_size=config.block_size,
         max_tokens_per_step=config.max_tokens_per_step,
         max_running=config.max_running,
@@ -67,7 +68,9 @@ def plan_unplaced(config: ClusterConfig, served: ServedModel) -> MemoryPlan:
     Without `memory_per_rank` and `kv_tokens` the cache holds one full context. Raises
     `ConfigError` for what no machine could run.
     """
-    memory = None if config.memory_per_rank is None else [config.memory_per_rank] * config.tp
+    memory = None
+    if config.memory_per_rank is not None:
+        memory = [config.memory_per_rank] * config.ranks_per_replica
     kv_tokens = config.kv_tokens or (served.max_context if memory is None else None)
     return plan_config(
         config, served, auto_dtype="bfloat16", memory_per_rank=memory, kv_tokens=kv_tokens
@@ -102,6 +105,7 @@ def size_group(
         model=served.spec,
         dtype=result.dtype,
         tp_size=config.tp,
+        pp_size=config.pp,
         cache=result.cache,
         max_tokens_per_step=config.max_tokens_per_step,
         max_running=config.max_running,

@@ -10,7 +10,8 @@ ReplicaPhase = Literal["starting", "ready", "draining", "lost"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSnapshot:
-    """One rank of a replica; it holds the query heads [head_start, head_stop)."""
+    """One rank of a replica; it holds the query heads [head_start, head_stop) of the layers
+    [layer_start, layer_stop), those of its stage."""
 
     rank: int
     node: str
@@ -19,6 +20,9 @@ class RankSnapshot:
     kv_bytes: int
     head_start: int
     head_stop: int
+    stage: int
+    layer_start: int
+    layer_stop: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 FILES = "Reports"
 SERVE_HELP = f"Start a cluster just for this. {RULES['model'].help}"
-SERVE_FLAGS = ("tp", "dtype", "device", "threads", "kv_tokens", "max_running", "collectives")
+SERVE_FLAGS = (
+    "tp",
+    "pp",
+    "dtype",
+    "device",
+    "threads",
+    "kv_tokens",
+    "max_running",
+    "collectives",
+)
 
 
 def _load_flags() -> list[inspect.Parameter]:

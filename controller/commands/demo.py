@@ -38,7 +38,7 @@ class Answer:
         return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
 
 
-@config_flags("tp", "dtype", "device", "threads", "collectives")
+@config_flags("tp", "pp", "dtype", "device", "threads", "collectives")
 def demo(
     flags: dict[str, Any],
     model: Annotated[str, typer.Argument(help="Model: smollm2, a folder or a .gguf file.")] = MODEL,
@@ -62,7 +62,7 @@ async def run_demo(config: ClusterConfig, question: str) -> Answer:
 
     terminal = Terminal()
     console = terminal.console
-    console.print(f"[bold]Phalanx[/]: {config.model} on {config.tp} ranks")
+    console.print(f"[bold]Phalanx[/]: {config.model} on {config.ranks_per_replica} ranks")
     began = time.perf_counter()
     cluster = await start_cluster(config, progress=console)
     try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PLAN_FLAGS = (
     "tp",
+    "pp",
     "dtype",
     "kv_dtype",
     "memory_per_rank",
@@ -39,6 +40,8 @@ def plan(
     [bold]phalanx plan smollm2 --tp 2[/bold]  the cut of 9 heads over two ranks
 
     [bold]phalanx plan ./my-model --tp 4 --memory-per-rank 16GiB[/bold]  how many tokens fit
+
+    [bold]phalanx plan ./my-model --tp 4 --pp 2[/bold]  the layers in two stages, on eight ranks
 
     [bold]phalanx plan smollm2 --tp 2 --kv-tokens 65536 --dtype float32[/bold]  what that many need
 
@@ -77,23 +80,27 @@ def rank_table(spec: DecoderSpec, memory: MemoryPlan) -> Table:
     from .terminal import format_bytes, plain_table
 
     table = plain_table()
+    tp_size, staged = len(memory.ranks) // len(memory.stages), len(memory.stages) > 1
     for name in (
         "rank",
+        *(["layers"] if staged else []),
         "heads",
         "KV\nheads",
         "MLP\nwidth",
         "vocab\nrows",
         "weights",
         "KV a\ntoken",
-        "temporary",
+        "tempo-\nrary" if staged else "temporary",
         "KV cache",
         "total",
     ):
         table.add_column(name, justify="right")
     for rank in memory.ranks:
-        part = cut_model(spec, len(memory.ranks), rank.rank)
+        index, place = divmod(rank.rank, tp_size)
+        part, layers = cut_model(spec, tp_size, place), memory.stages[index].layers
         table.add_row(
             str(rank.rank),
+            *([f"{layers.start}-{layers.stop - 1}"] if staged else []),
             str(part.heads.query.size),
             str(part.heads.kv.size),
             str(part.mlp.size),

@@ -62,18 +62,22 @@ def replica_table(replicas: Any) -> Table:
 
 
 def rank_table(replicas: Any) -> Table:
-    """One line a rank."""
+    """One line a rank; with its stage where there are several."""
     from .terminal import format_bytes, plain_table
 
     table = plain_table()
-    for name in ("replica", "rank", "node", "device", "heads", "weights", "KV cache"):
-        right = name in ("rank", "weights", "KV cache")
+    staged = any(rank.stage for replica in replicas for rank in replica.ranks)
+    stages = ["stage", "layers"] if staged else []
+    for name in ("replica", "rank", *stages, "node", "device", "heads", "weights", "KV cache"):
+        right = name in ("rank", "stage", "weights", "KV cache")
         table.add_column(name, justify="right" if right else "left")
     for replica in replicas:
         for rank in replica.ranks:
+            layers = f"{rank.layer_start}-{rank.layer_stop - 1}"
             table.add_row(
                 replica.replica_id,
                 str(rank.rank),
+                *([str(rank.stage), layers] if staged else []),
                 rank.node,
                 rank.device,
                 f"{rank.head_start}-{rank.head_stop - 1}" if rank.head_stop else "none",

@@ -189,4 +189,7 @@ def _rank(item: RankSnapshot) -> types_pb2.RankState:
         kv_bytes=item.kv_bytes,
         head_start=item.head_start,
         head_stop=item.head_stop,
+        stage=item.stage,
+        layer_start=item.layer_start,
+        layer_stop=item.layer_stop,
     )

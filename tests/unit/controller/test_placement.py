@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from phalanx.controller.cluster.placement import MemoryPlan, plan_memory
 from phalanx.protos.errors import ConfigError
+from phalanx.protos.shards import cut_model
 from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, RopeSpec
 
 SMOLLM2 = DecoderSpec(
@@ -93,6 +94,26 @@ def test_weights_of_the_ranks_are_the_model_and_its_copies(
     assert sum(rank.kv_per_token for rank in ranks) == whole.kv_per_token
 
 
+@settings(max_examples=60, deadline=None)
+@given(model=models(), data=st.data())
+def test_ranks_of_equal_place_hold_together_what_one_stage_holds(
+    model: DecoderSpec, data: st.DataObject
+) -> None:
+    """A tied embedding is held twice, by the first and by the last stage."""
+    tp_size = data.draw(st.integers(1, model.num_heads))
+    pp_size = data.draw(st.integers(1, model.num_layers))
+    one = plan(model, tp_size=tp_size, kv_tokens=1, dtype="float32")
+    staged = plan(model, tp_size=tp_size, pp_size=pp_size, kv_tokens=1, dtype="float32")
+    assert staged.cache == one.cache
+    for place, alone in enumerate(one.ranks):
+        lane = staged.ranks[place::tp_size]
+        assert len(lane) == pp_size
+        assert sum(rank.kv for rank in lane) == alone.kv
+        again = sum(rank.weights for rank in lane) - alone.weights
+        table = cut_model(model, tp_size, place).vocab.size * model.hidden_size * 4
+        assert again == table * (model.tie_embeddings and pp_size > 1)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     model=models(),
@@ -105,9 +126,13 @@ def test_fills_the_memory_and_not_more(
     model: DecoderSpec, block_size: int, dtype: str, kv_dtype: str, data: st.DataObject
 ) -> None:
     tp_size = data.draw(st.integers(1, model.num_heads))
+    pp_size = data.draw(st.integers(1, model.num_layers))
     changes = {"tp_size": tp_size, "block_size": block_size, "dtype": dtype, "kv_dtype": kv_dtype}
+    changes["pp_size"] = pp_size
     least = plan(model, **changes, kv_tokens=1)
-    spare = data.draw(st.lists(st.integers(0, 10**7), min_size=tp_size, max_size=tp_size))
+    assert [rank.rank for rank in least.ranks] == list(range(pp_size * tp_size))
+    count = pp_size * tp_size
+    spare = data.draw(st.lists(st.integers(0, 10**7), min_size=count, max_size=count))
     memory = [rank.total + extra for rank, extra in zip(least.ranks, spare, strict=True)]
     found = plan(model, **changes, memory_per_rank=memory)
     assert found.cache.num_blocks >= 1
@@ -152,7 +177,7 @@ def test_refusal_names_rank_bytes_and_advice() -> None:
     text = str(caught.value)
     needed = plan(dtype="float32", tp_size=2, kv_tokens=16).ranks[1]
     assert f"rank 1 needs {needed.total} bytes" in text and "has 100000000" in text
-    assert "tp_size above 2" in text and "2-byte dtype" in text
+    assert "tp_size above 2, a pp_size above 1" in text and "2-byte dtype" in text
 
 
 def test_refusal_says_how_many_tokens_fit() -> None:
@@ -168,6 +193,8 @@ def test_refusal_says_how_many_tokens_fit() -> None:
     [
         ({"tp_size": 0}, "tp_size is 0, allowed are 1 to 9"),
         ({"tp_size": 10}, "tp_size is 10, allowed are 1 to 9"),
+        ({"pp_size": 31}, "pp_size is 31, allowed are 1 to 30, the model's layers"),
+        ({"pp_size": 3, "memory_per_rank": [10**9] * 2}, "has 2 entries, 3 ranks need as many"),
         ({"block_size": 0}, "block_size is 0"),
         ({"max_tokens_per_step": 0}, "max_tokens_per_step is 0"),
         ({"max_running": -1}, "max_running is -1"),

@@ -93,6 +93,17 @@ def test_keda_scales_by_a_query(template: Any, load: Any, check_schema: Any) -> 
         (["config.model=null"], "model"),
         (["config.device=auto"], "device"),
         (["topology=raycluster", "config.tp=3"], "raycluster.ranksPerWorker"),
+        (["topology=raycluster", "config.pp=3"], "config.tp x config.pp"),
+        (
+            [
+                "topology=raycluster",
+                "config.pp=2",
+                "config.tp=2",
+                "raycluster.workers=4",
+                "raycluster.ranksPerWorker=1",
+            ],
+            "the ranks of a stage share a worker",
+        ),
         (["topology=raycluster", "pod.autoscaling.kind=hpa"], "pod.autoscaling"),
         (["security.mode=tls", "monitoring.podMonitor=true"], "monitoring.podMonitor"),
         (["security.mode=none"], "mode"),

@@ -156,10 +156,10 @@ def test_ranks_have_places(manifests: Any, pods: Any, tmp_path: Path) -> None:
             count, [container] = group["replicas"], group["template"]["spec"]["containers"]
             places = int(group["rayStartParams"]["num-cpus"])
             assert clusters[0]["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-            assert places * count == config.tp * config.replicas
+            assert places * count == config.ranks_per_replica * config.replicas
             assert config.placement == ("STRICT_SPREAD" if places == 1 else "PACK")
             assert config.ray_address == "auto"
-        ranks = config.tp * config.replicas // count
+        ranks = config.ranks_per_replica * config.replicas // count
         assert ranks * (config.threads or 0) <= container["resources"]["limits"]["cpu"]
         gpus = container["resources"]["limits"].get("nvidia.com/gpu", 0)
         assert gpus == (ranks if config.device == "cuda" else 0)

@@ -31,7 +31,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "phalanx.ranks" -}}
-{{ mul (.Values.config.tp | default 1) (.Values.config.replicas | default 1) }}
+{{ mul (.Values.config.tp | default 1) (.Values.config.pp | default 1) (.Values.config.replicas | default 1) }}
 {{- end }}
 
 {{/* CPU threads of a rank: a pod's cores divided by its ranks. Ray would count the node's cores. */}}
