@@ -11,13 +11,25 @@ import pytest
 
 SCRIPT = """
 import asyncio, os, sys, traceback
-import psutil
+import psutil, ray
 from phalanx.controller.app import start_cluster
 from phalanx.controller.client import AsyncClient
+from phalanx.controller.cluster.ray_fleet import RayFleet
 from phalanx.controller.config import ClusterConfig
 
-MODEL, TP, REPLICAS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+MODEL, TP, PP, REPLICAS = sys.argv[1], *map(int, sys.argv[2:])
 STREAMS, TOKENS = 6, 60
+FLEETS = []
+reserve = RayFleet.reserve
+
+def watched(fleet):
+    nodes = reserve(fleet)
+    FLEETS.append(ray.get([
+        actor.__ray_call__.remote(lambda self: os.getpid()) for actor in fleet._actors
+    ]))
+    return nodes
+
+RayFleet.reserve = watched
 
 def ranks():
     children = psutil.Process().children(recursive=True)
@@ -25,8 +37,8 @@ def ranks():
 
 async def main():
     config = ClusterConfig(
-        model=MODEL, tp=TP, replicas=REPLICAS, dtype="float32", port=0, metrics_port=None,
-        kv_tokens=1024, log_level="error",
+        model=MODEL, tp=TP, pp=PP, replicas=REPLICAS, dtype="float32", port=0, metrics_port=None,
+        kv_tokens=8192, log_level="error",
     )
     cluster = await start_cluster(config)
     async with AsyncClient(cluster.address) as client:
@@ -44,7 +56,9 @@ async def main():
                         tokens += sample.token_ids
                 if at_token and len(tokens) >= at_token:
                     at_token = None
-                    getattr(ranks()[0], harm)()
+                    # of the group that was started last: its last rank, or its first one
+                    victim = FLEETS[-1][-1 if harm == "kill" else 0]
+                    getattr(psutil.Process(victim), harm)()
             return tokens
 
         expected = [await read(number) for number in range(STREAMS)]
@@ -59,7 +73,9 @@ async def main():
                     break
                 await asyncio.sleep(0.1)
         assert await client.healthy()
+        assert len(FLEETS) == REPLICAS + 2
         for replica in (await client.cluster_state()).replicas:
+            assert [rank.stage for rank in replica.ranks] == [r // TP for r in range(TP * PP)]
             assert replica.kv_blocks_free == replica.kv_blocks_total
     await cluster.stop()
     print("ranks left:", len(ranks()))
@@ -72,17 +88,23 @@ except BaseException:  # Ray's own hook would wait for a minute
 """
 
 
-@pytest.mark.parametrize(("tp", "replicas"), [(2, 1), (1, 2)], ids=["alone", "moves"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "replicas"),
+    [(2, 1, 1), (1, 1, 2), (1, 2, 1)],
+    ids=["alone", "moves", "stages"],
+)
 def test_streams_outlive_their_ranks_with_the_same_tokens(
-    tiny_llama: Callable[..., Path], tp: int, replicas: int
+    tiny_llama: Callable[..., Path], smollm2_gguf: Path, tp: int, pp: int, replicas: int
 ) -> None:
     """A rank is killed, later one is stopped (SIGSTOP): each answer equals that of an undisturbed
-    run, nothing lost, repeated or changed."""
+    run, nothing lost, repeated or changed. Of several stages, a rank of the last one is killed, and
+    one of the first one is stopped."""
+    model = str(tiny_llama()) if pp == 1 else "smollm2"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tiny_llama()), str(tp), str(replicas)],
+        [sys.executable, "-c", SCRIPT, model, str(tp), str(pp), str(replicas)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
