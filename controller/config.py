@@ -94,7 +94,11 @@ class ClusterConfig:
         DEFAULT_MAX_QUEUED_REQUESTS, "Requests waiting at most; more are refused.", low=1
     )
     max_in_flight: int = _option(
-        2, "Steps sent ahead of their results at most.", low=1, high=8, group="Advanced"
+        2,
+        "Steps sent ahead of their results at most, but no fewer than stages.",
+        low=1,
+        high=8,
+        group="Advanced",
     )
     prefix_caching: bool = _option(True, "Keep the KV blocks of past prompts for reuse.")
 
@@ -221,6 +225,11 @@ class ClusterConfig:
     def ranks_per_replica(self) -> int:
         """Ranks of all stages."""
         return self.tp * self.pp
+
+    @property
+    def plans_in_flight(self) -> int:
+        """Steps sent ahead of their results at most; with fewer than stages, some would idle."""
+        return max(self.max_in_flight, self.pp)
 
     @property
     def metrics_needs_tls(self) -> bool:

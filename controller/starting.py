@@ -69,7 +69,7 @@ class ReplicaStarter:
             self._make_scheduler(cache, epoch),
             fleet,
             self._engine.sink,
-            max_in_flight=config.max_in_flight,
+            max_in_flight=config.plans_in_flight,
             step_timeout_s=config.step_timeout_s,
             observer=meter,
             on_lost=on_lost,
@@ -133,7 +133,7 @@ class ReplicaStarter:
             max_queued=config.max_queued,
             max_context=served.max_context,
             eos_token_ids=served.eos_token_ids,
-            max_in_flight=config.max_in_flight,
+            max_in_flight=config.plans_in_flight,
             prefix_caching=config.prefix_caching,
         )
         return Scheduler(limits, cache, epoch)

@@ -95,7 +95,10 @@ def apply(linear: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
 
 
-def program(layers: list[Layer], reduction: Reduction, threads: int) -> Any:
+def program(
+    layers: list[Layer], reduction: Reduction, threads: int, final_norm: Tensor | None
+) -> Any:
+    """The layers as one call; without a final norm, of all rows."""
     backend = NativeBackend(threads=threads)
     plain = [
         PlainLayer(
@@ -115,7 +118,7 @@ def program(layers: list[Layer], reduction: Reduction, threads: int) -> Any:
     ]
     stack = PlainStack(
         layers=plain,
-        final_norm=layers[0].norms[0],
+        final_norm=final_norm,
         norm_eps=1e-5,
         norm_offset=1.0,
         hidden_size=HIDDEN,
@@ -127,7 +130,12 @@ def program(layers: list[Layer], reduction: Reduction, threads: int) -> Any:
     ready = backend.fuse(stack, reduction)
     assert ready is not None
     plan = backend.plan_attention(SPANS, BLOCK)
-    return lambda x, cos, sin: ready(x, cos, sin, SLOTS, plan, ROWS)
+    rows = torch.arange(TOKENS) if final_norm is None else ROWS
+    return lambda x, cos, sin: ready(x, cos, sin, SLOTS, plan, rows)
+
+
+def whole(layers: list[Layer], reduction: Reduction, threads: int) -> Any:
+    return program(layers, reduction, threads, layers[0].norms[0])
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,11 +176,26 @@ def test_one_rank_equals_the_composed_layers(
     dtype: torch.dtype, head_norms: bool, threads: int
 ) -> None:
     layers = make_layers(dtype, 0, head_norms)
-    run = program(layers, Reduction(), threads)
+    run = whole(layers, Reduction(), threads)
     x, cos, sin = inputs(dtype)
     expected, limit = composed([layers], x, cos, sin), TOLERANCE[dtype]
     for _ in range(2):  # the second run writes the same keys and values again
         torch.testing.assert_close(run(x, cos, sin).double(), expected, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_stacks_that_follow_one_another_give_the_bits_of_one(dtype: torch.dtype, cut: int) -> None:
+    layers = make_layers(dtype, 0, True)
+    norm = layers[0].norms[0]
+    first = program(layers[:cut], Reduction(), 2, None)
+    second = program(layers[cut:], Reduction(), 1, norm)
+    x, cos, sin = inputs(dtype)
+    between = first(x, cos, sin)
+    assert between.dtype is torch.float32 and between.shape == x.shape
+    result = second(between, cos, sin)
+    assert result.dtype is dtype
+    assert torch.equal(result, program(layers, Reduction(), 2, norm)(x, cos, sin))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -182,7 +205,7 @@ def test_ranks_that_share_memory_get_the_same_sums(size: int, slot_bytes: int) -
     ranks = [make_layers(dtype, rank, False) for rank in range(size)]
     memory, shared = segments(size, slot_bytes, timeout_s=60)
     x, cos, sin = inputs(dtype)
-    runs = [program(ranks[r], Reduction(segment=shared[r]), threads=1 + r % 2) for r in range(size)]
+    runs = [whole(ranks[r], Reduction(segment=shared[r]), threads=1 + r % 2) for r in range(size)]
     results = in_threads(size, lambda rank: runs[rank](x, cos, sin))
     assert all(torch.equal(result, results[0]) for result in results)
     expected = composed(ranks, x, cos, sin)
@@ -203,14 +226,14 @@ def test_ranks_that_share_memory_get_the_same_sums(size: int, slot_bytes: int) -
 
         return total
 
-    runs = [program(ranks[r], Reduction(function=by_function(r)), 1) for r in range(size)]
+    runs = [whole(ranks[r], Reduction(function=by_function(r)), 1) for r in range(size)]
     again = in_threads(size, lambda rank: runs[rank](x, cos, sin))
     assert all(torch.equal(result, results[0]) for result in again)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     memory, shared = segments(2, 4096, timeout_s=0.05)
-    run = program(make_layers(torch.float32, 0, False), Reduction(segment=shared[0]), 2)
+    run = whole(make_layers(torch.float32, 0, False), Reduction(segment=shared[0]), 2)
     with pytest.raises(PeerLost) as caught:
         run(*inputs(torch.float32))
     assert caught.value.rank == 1
