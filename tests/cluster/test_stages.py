@@ -1,0 +1,53 @@
+"""Where Ray puts the ranks of several stages: two nodes of one cluster, on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import os, sys, traceback
+import ray
+from ray.cluster_utils import Cluster
+from phalanx.controller.cluster.ray_fleet import RayCluster, RayFleet
+from phalanx.protos.errors import ConfigError
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+SETTINGS = dict(
+    collectives="auto", threads=1, replicas=1, start_timeout_s=30.0, step_timeout_s=30.0,
+    silence_timeout_s=3.0,
+)
+
+def nodes_of(fleet):
+    get = lambda self: __import__("ray").get_runtime_context().get_node_id()
+    return ray.get([actor.__ray_call__.remote(get) for actor in fleet._actors])
+
+try:
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    nodes.add_node(num_cpus=3)
+    cluster = RayCluster(nodes.address, 4)
+    for placement in ("auto", "STRICT_SPREAD"):
+        fleet = RayFleet(2, 2, "cpu", placement=placement, **SETTINGS)
+        fleet.reserve()
+        a, b, c, d = nodes_of(fleet)
+        assert a == b and c == d and a != c, (placement, a, b, c, d)
+        fleet.stop()
+    fleet = RayFleet(2, 2, "cpu", placement="STRICT_PACK", **SETTINGS | {"start_timeout_s": 2.0})
+    try:
+        fleet.reserve()
+    except ConfigError as error:
+        print(error)
+    cluster.close()
+    nodes.shutdown()
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)
+"""
+
+
+def test_ranks_of_a_stage_share_a_node_and_stages_are_spread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tp is 2, pp is 2 with placement STRICT_PACK: no such place became free" in done.stdout
