@@ -116,7 +116,16 @@ class FakeEngine:
 
     def snapshot(self) -> ClusterSnapshot:
         rank = RankSnapshot(
-            rank=0, node="here", device="cpu", weight_bytes=7, kv_bytes=9, head_start=0, head_stop=3
+            rank=0,
+            node="here",
+            device="cpu",
+            weight_bytes=7,
+            kv_bytes=9,
+            head_start=0,
+            head_stop=3,
+            stage=1,
+            layer_start=4,
+            layer_stop=6,
         )
         replica = ReplicaSnapshot(
             replica_id="replica-0", state="ready", ranks=(rank,), kv_blocks_total=5, steps=11

@@ -351,6 +351,8 @@ def test_the_model_and_the_cluster_describe_themselves(serve: Any, say: Any) -> 
                 "replica-0",
                 11,
             )
-            assert (replica.ranks[0].device, replica.ranks[0].head_stop) == ("cpu", 3)
+            rank = replica.ranks[0]
+            assert (rank.device, rank.head_stop) == ("cpu", 3)
+            assert (rank.stage, rank.layer_start, rank.layer_stop) == (1, 4, 6)
 
     asyncio.run(main())

@@ -31,7 +31,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 class FakeClient:
-    """Stands for both clients."""
+    """Stands for both clients. stages: the cluster's ranks are stages of one replica."""
+
+    stages = False
 
     def __init__(self, answers: list[list[Any]], connection: dict[str, Any]) -> None:
         self.answers, self.connection = answers, connection
@@ -64,6 +66,10 @@ class FakeClient:
             types_pb2.RankState(rank=0, node="alpha", device="cpu", head_start=0, head_stop=6),
             types_pb2.RankState(rank=1, node="beta", device="cpu", head_start=6, head_stop=9),
         ]
+        if self.stages:
+            for rank in ranks:
+                rank.stage, rank.layer_start = rank.rank, 7 * rank.rank
+                rank.layer_stop = rank.layer_start + 7
         replica = types_pb2.ReplicaState(replica_id="replica-0", state="ready", ranks=ranks)
         replica.kv_blocks_total, replica.kv_blocks_free, replica.kv_block_tokens = 10, 4, 16
         replica.prefix_queried_tokens, replica.prefix_hit_tokens = 200, 50
@@ -105,6 +111,8 @@ class FakeAsyncClient(FakeClient):
 class Clients(list[FakeClient]):
     """The clients that commands make, in order. `answers` are the texts that they stream, one list
     a request; an exception among them is raised there."""
+
+    kind = FakeClient
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,6 +63,19 @@ def test_plan_shows_the_cut(run: Run, tiny_llama: Callable[..., Path]) -> None:
     assert "256 tokens" in result.stdout
 
 
+def test_plan_shows_the_stages(run: Run, tiny_llama: Callable[..., Path]) -> None:
+    folder = str(tiny_llama(num_hidden_layers=3))
+    result = run("plan", folder, "--tp", "2", "--pp", "2", "--kv-tokens", "512")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[1] for row in rows] == ["0-1", "0-1", "2-2", "2-2"]
+    assert "512 tokens" in result.stdout
+    refused = run("plan", folder, "--pp", "4")
+    assert refused.exit_code == 2
+    assert "pp_size is 4, allowed are 1 to 3, the model's layers" in refused.stderr
+
+
 def test_plan_refuses_what_does_not_fit(run: Run, tiny_llama: Callable[..., Path]) -> None:
     folder = str(tiny_llama())
     result = run("plan", folder, "--memory-per-rank", "100KiB")
@@ -156,6 +169,15 @@ def test_status_shows_replicas_and_ranks(run: Run, clients: Any) -> None:
     for shown in ("tiny", "3 requests queued", "replica-0", "160", "60%", "25%", "beta"):
         assert shown in text
     assert "0-5" in text and "6-8" in text
+    assert "stage" not in text
+
+
+def test_status_shows_stages_where_there_are_several(
+    run: Run, clients: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients.kind, "stages", True)
+    text = run("status").stdout
+    assert "stage" in text and "0-6" in text and "7-13" in text
 
 
 def test_demo_asks_and_stops(run: Run, clients: Any, cluster: Any) -> None:
