@@ -97,7 +97,8 @@ def test_any_number_of_stages_gives_the_same_tokens(
     tp: int,
     dtype: str,
 ) -> None:
-    """In chunks of prompts, mixed steps, and with too few blocks, so that samples are preempted."""
+    """In chunks of prompts, in mixed steps, once more from cached prefixes, and with too few blocks,
+    so that samples are preempted."""
     folder = tiny_llama(num_hidden_layers=LAYERS, dtype=dtype)
     sizes = {
         "dtype": dtype,
@@ -112,6 +113,9 @@ def test_any_number_of_stages_gives_the_same_tokens(
         run = local_replica(folder, tp=tp, pp=pp, num_blocks=num_blocks, **sizes)
         assert outcome(run) == expected
         assert (run.scheduler.stats().preemptions > 0) == (num_blocks == 24)
+        if num_blocks == 400:
+            assert outcome(run) == expected
+            assert run.scheduler.stats().prefix_hit > 0
         run.replica.stop()
         assert run.replica.lost is not None and "was stopped" in str(run.replica.lost)
 
