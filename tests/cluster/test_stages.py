@@ -1,9 +1,12 @@
-"""Where Ray puts the ranks of several stages: two nodes of one cluster, on this machine."""
+"""Where Ray puts the ranks of several stages: two nodes of one cluster, on this machine; which an
+embedded instance does not join."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 
 SCRIPT = """
 import os, sys, traceback
@@ -25,6 +28,9 @@ def nodes_of(fleet):
 try:
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     nodes.add_node(num_cpus=3)
+    alone = RayCluster(None, 99)
+    assert ray.cluster_resources()["CPU"] == 99, "an embedded instance joined the cluster"
+    alone.close()
     cluster = RayCluster(nodes.address, 4)
     for placement in ("auto", "STRICT_SPREAD"):
         fleet = RayFleet(2, 2, "cpu", placement=placement, **SETTINGS)
@@ -46,8 +52,16 @@ except BaseException:
 
 
 def test_ranks_of_a_stage_share_a_node_and_stages_are_spread() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=False
-    )
+    # a cluster of this process says things of itself in the environment
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # not where others look for clusters
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env=env | {"RAY_TMPDIR": folder},
+        )
     assert done.returncode == 0, done.stderr
     assert "tp is 2, pp is 2 with placement STRICT_PACK: no such place became free" in done.stdout
