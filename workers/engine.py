@@ -89,7 +89,8 @@ class Engine:
             progress=progress,
         )
         self._decoder.fuse(self._cache.layers)
-        self._grammars.prepare()
+        if self._stage.is_last:
+            self._grammars.prepare()
         return LoadReport(
             rank=self._stage.index * self._group.size + self._group.rank,
             weight_bytes=weight_bytes,
