@@ -1,0 +1,114 @@
+"""The backend for CUDA devices: one file per kernel beside this one, put together here.
+
+Every call may be captured in a graph: nothing waits for the device, grids and allocations depend
+on shapes and on the plan's plain values alone, lengths and tables are read by the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import AttentionPlan, SequenceSpan
+from phalanx.kernels.reference import ReferenceBackend
+
+from .plan import GpuPlan
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of query and key heads before they are rotated."""
+
+    query: Tensor  # [D] or [H, D]
+    key: Tensor  # [D] or [K, D]
+    eps: float
+    offset: float = 0.0
+
+
+class PeerBuffers(NamedTuple):
+    """A buffer of the same shape on every rank of a node, as symmetric memory gives it.
+
+    `addresses` and `signals` are int64 [size] on the device: where each rank's buffer and its
+    signal pad (uint32, zeros at rest) stand in this process. None of `signals` = no barrier:
+    somebody else sees to it that the buffers are complete.
+    """
+
+    rank: int
+    local: Tensor  # [rows, n], this rank's own
+    addresses: Tensor
+    signals: Tensor | None
+
+
+class GpuBackend(ReferenceBackend):
+    """Triton kernels; what is not overridden is one torch call."""
+
+    name = "gpu"
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self.device = torch.device(device)
+
+    def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
+        """One copy to the device; see `GpuPlan.decoding` for a graph's."""
+        return GpuPlan.of(spans, block_size, self.device)
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        slots: Tensor,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """Norm, rotate and store in one kernel: qkv [T, (H + 2 K) * D] -> queries [T, H, D].
+
+        cos, sin [T, rotary / 2], rotary 0 = not rotated; slots int64 [T], a negative one is not
+        stored. The pools are written.
+        """
+        raise NotImplementedError
+
+    def add_rms_norm_quantize(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`add_rms_norm`, its first result as (float8 [T, n], float32 scales [T, 1]); residual."""
+        raise NotImplementedError
+
+    def gated_quantize(self, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """`gated`, as (float8 [T, n], float32 scales [T, 1])."""
+        raise NotImplementedError
+
+    def all_reduce_add_rms_norm(
+        self,
+        peers: PeerBuffers,
+        rows: int,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm` of the sum of all ranks' first `rows` rows, added in rank order.
+
+        A buffer may be written again once a later call on another buffer has begun: two in turn
+        are enough.
+        """
+        raise NotImplementedError
+
+    def sample(
+        self, logits: Tensor, temperatures: Tensor, stems: Tensor, positions: Tensor, first_id: int
+    ) -> Tensor:
+        """The best token of this slice for each row: float64 [n, 4] = (id, value, raw, broken).
+
+        logits [n, m] of the tokens from `first_id` on, any floating dtype; temperatures float64
+        [n], 0 = greedy; stems int64 [n] from `sampling.stem`; positions int64 [n] of the new
+        tokens, from the prompt's start. The noise is that of workers' sampling, bit for bit but
+        for the logarithms' last place. Ties go to the lowest id; a row with NaN or infinite
+        logits has broken = 1.
+        """
+        raise NotImplementedError
+
+    def merge_winners(self, gathered: Tensor) -> Tensor:
+        """The winner over the ranks' `sample` results: [size, n, 4] -> [n, 4]; equal on all."""
+        raise NotImplementedError

@@ -1,0 +1,84 @@
+"""A step's attention as tensors on the device: what kernels and graphs read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phalanx.kernels.interface import SequenceSpan
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class GpuPlan:
+    """S sequences whose queries stand one behind the other.
+
+    The tensors are read on the device alone, so a captured graph follows what is written into
+    them between replays; the plain values choose kernels and grids, and are fixed by a capture.
+    Sequence i has queries [starts[i], starts[i + 1]), the last of them at position
+    lengths[i] - 1. A sequence of length 0 is padding: its rows come out as zeros.
+    """
+
+    tables: Tensor  # int32 [S, W], block ids in order
+    lengths: Tensor  # int32 [S]
+    starts: Tensor  # int32 [S + 1]
+    block_size: int
+    num_tokens: int
+    max_length: int
+    """No length exceeds it."""
+    longest_query: int
+    has_decodes: bool
+    """Some sequences have one query."""
+    has_prefills: bool
+    """Some sequences have several."""
+
+    @classmethod
+    def of(cls, spans: Sequence[SequenceSpan], block_size: int, device: torch.device) -> GpuPlan:
+        """The plan of a step; one copy to the device."""
+        count = len(spans)
+        used = [-(-span.length // block_size) for span in spans]
+        width = max(used, default=1)
+        packed = np.zeros(count * width + 2 * count + 1, dtype=np.int32)
+        tables = packed[: count * width].reshape(count, width)
+        for row, (span, blocks) in enumerate(zip(spans, used, strict=True)):
+            tables[row, :blocks] = span.blocks[:blocks]
+        queries = [span.num_query for span in spans]
+        packed[count * width : -count - 1] = [span.length for span in spans]
+        packed[-count:] = np.cumsum(queries)
+        if any(span.start != packed[row - count - 1] for row, span in enumerate(spans)):
+            raise ValueError("spans: their queries do not stand one behind the other")
+        there = torch.from_numpy(packed).to(device)
+        return cls(
+            tables=there[: count * width].view(count, width),
+            lengths=there[count * width : count * width + count],
+            starts=there[count * width + count :],
+            block_size=block_size,
+            num_tokens=sum(queries),
+            max_length=max((span.length for span in spans), default=0),
+            longest_query=max(queries, default=0),
+            has_decodes=any(query == 1 for query in queries),
+            has_prefills=any(query > 1 for query in queries),
+        )
+
+    @classmethod
+    def decoding(
+        cls, sequences: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> GpuPlan:
+        """Buffers for a graph that decodes one token of each sequence; all of them padding yet.
+
+        Write `lengths` (the new token included) and `tables` between replays.
+        """
+        return cls(
+            tables=torch.zeros(sequences, max_blocks, dtype=torch.int32, device=device),
+            lengths=torch.zeros(sequences, dtype=torch.int32, device=device),
+            starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+            block_size=block_size,
+            num_tokens=sequences,
+            max_length=max_blocks * block_size,
+            longest_query=1,
+            has_decodes=True,
+            has_prefills=False,
+        )
