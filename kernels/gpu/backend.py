@@ -15,7 +15,10 @@ from torch import Tensor
 from phalanx.kernels.interface import AttentionPlan, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
+from .activation import activate, gated_quantize
+from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
+from .rope import rope, rope_store_kv, store_kv
 
 
 class HeadNorms(NamedTuple):
@@ -49,6 +52,46 @@ class GpuBackend(ReferenceBackend):
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """One kernel, rows in registers."""
+        return rms_norm(x, weight, eps, offset)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """One kernel; the sum is written into `residual`."""
+        if not residual.is_contiguous():
+            residual = residual.contiguous()
+        return rms_norm(x, weight, eps, offset, residual=residual), residual
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """One kernel, rows in registers."""
+        return layer_norm(x, weight, bias, eps)
+
+    def rope(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One kernel; takes views of a fused projection."""
+        return rope(heads, cos, sin)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """One kernel."""
+        return activate(gate_up, "silu", gated=True)
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """One kernel."""
+        return activate(gate_up, activation, gated=True)
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """One kernel."""
+        return activate(x, activation)
+
+    def store_kv(
+        self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
+    ) -> None:
+        """One kernel for both; a negative slot is passed over."""
+        store_kv(key, value, key_pool, value_pool, slots)
+
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """One copy to the device; see `GpuPlan.decoding` for a graph's."""
         return GpuPlan.of(spans, block_size, self.device)
@@ -68,17 +111,17 @@ class GpuBackend(ReferenceBackend):
         cos, sin [T, rotary / 2], rotary 0 = not rotated; slots int64 [T], a negative one is not
         stored. The pools are written.
         """
-        raise NotImplementedError
+        return rope_store_kv(qkv, cos, sin, key_pool, value_pool, slots, norms)
 
     def add_rms_norm_quantize(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`add_rms_norm`, its first result as (float8 [T, n], float32 scales [T, 1]); residual."""
-        raise NotImplementedError
+        return *rms_norm_quantize(x, weight, eps, offset, residual=residual), residual
 
     def gated_quantize(self, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         """`gated`, as (float8 [T, n], float32 scales [T, 1])."""
-        raise NotImplementedError
+        return gated_quantize(gate_up, activation)
 
     def all_reduce_add_rms_norm(
         self,

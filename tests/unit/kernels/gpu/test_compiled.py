@@ -1,0 +1,100 @@
+"""Every kernel, compiled for sm_90a in the shapes of real models: no spills, 16-byte loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from phalanx.kernels.gpu import activation, norm, rope
+
+META = torch.device("meta")
+SHARED_MEMORY = 227 * 1024  # bytes that a block may use on sm_90
+
+
+class Case(NamedTuple):
+    """Something that launches kernels, and how many 16-byte loads they have at least."""
+
+    run: Callable[[], Any]
+    wide_loads: int
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def _slots(tokens: int) -> Tensor:
+    return _empty(tokens, dtype=torch.int64)
+
+
+def _rope_store(heads: int, kv_heads: int, dim: int, half: int, *, norms: bool = False) -> None:
+    pools = [_empty(kv_heads, 1000, 16, dim) for _ in range(2)]
+    weights = (_empty(dim), _empty(dim), 1e-6, 0.0)
+    rope.rope_store_kv(
+        _empty(8, (heads + 2 * kv_heads) * dim),
+        _empty(8, half),
+        _empty(8, half),
+        *pools,
+        _slots(8),
+        weights if norms else None,
+    )
+
+
+CASES = {
+    "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
+    "rms norm of heads": Case(
+        lambda: norm.rms_norm(
+            _empty(8, 48 * 128)[:, : 32 * 128].view(8, 32, 128), _empty(128), 1e-6
+        ),
+        2,
+    ),
+    "add and rms norm, 8192": Case(
+        lambda: norm.rms_norm(_empty(8, 8192), _empty(8192), 1e-5, residual=_empty(8, 8192)), 3
+    ),
+    "add and rms norm, 5120, padded": Case(
+        lambda: norm.rms_norm(_empty(8, 5120), _empty(5120), 1e-5, 1.0, residual=_empty(8, 5120)), 3
+    ),
+    "add, rms norm and quantise, 4096": Case(
+        lambda: norm.rms_norm_quantize(
+            _empty(8, 4096), _empty(4096), 1e-5, residual=_empty(8, 4096)
+        ),
+        3,
+    ),
+    "layer norm, 4096": Case(
+        lambda: norm.layer_norm(_empty(8, 4096), _empty(4096), _empty(4096), 1e-5), 3
+    ),
+    "silu and up": Case(lambda: activation.activate(_empty(8, 28672), "silu", gated=True), 2),
+    "gelu": Case(lambda: activation.activate(_empty(8, 16384), "gelu"), 1),
+    "silu, up and quantise": Case(lambda: activation.gated_quantize(_empty(8, 28672), "silu"), 4),
+    "rope": Case(lambda: rope.rope(_empty(8, 32, 128), _empty(8, 64), _empty(8, 64)), 2),
+    "rope and store, 32/8 heads of 128": Case(lambda: _rope_store(32, 8, 128, 64), 4),
+    "rope and store with norms": Case(lambda: _rope_store(16, 8, 128, 64, norms=True), 4),
+    "rope and store, half of 80": Case(lambda: _rope_store(32, 32, 80, 16), 4),
+    "store": Case(
+        lambda: rope.store_kv(
+            _empty(8, 8, 128),
+            _empty(8, 8, 128),
+            _empty(8, 1000, 16, 128),
+            _empty(8, 1000, 16, 128),
+            _slots(8),
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_keep_to_registers_and_load_16_bytes(
+    name: str, recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    with recorded() as launches:
+        CASES[name].run()
+    made = [compiled(launch) for launch in launches]
+    assert made
+    assert [kernel.spills for kernel in made] == [0] * len(made)
+    assert all(kernel.shared <= SHARED_MEMORY for kernel in made)
+    wide = sum(kernel.wide_loads() for kernel in made)
+    assert wide >= CASES[name].wide_loads, wide
