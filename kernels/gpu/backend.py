@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.kernels.interface import AttentionPlan, SequenceSpan
+from phalanx.kernels.interface import AttentionPlan, AttentionSpec, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
 from .activation import activate, gated_quantize
+from .attention_tiles import paged_attention
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
@@ -95,6 +96,19 @@ class GpuBackend(ReferenceBackend):
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """One copy to the device; see `GpuPlan.decoding` for a graph's."""
         return GpuPlan.of(spans, block_size, self.device)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        plan: AttentionPlan,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """Sequences of one query split their keys; the others are tiled over their queries."""
+        if not isinstance(plan, GpuPlan):
+            raise TypeError(f"plan of another backend: {type(plan).__name__}")
+        return paged_attention(query, key_pool, value_pool, plan, spec)
 
     def rope_store_kv(
         self,

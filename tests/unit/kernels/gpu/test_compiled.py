@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.kernels.gpu import activation, norm, rope
+from phalanx.kernels.gpu import activation, attention_tiles, norm, rope
+from phalanx.kernels.gpu.plan import GpuPlan
+from phalanx.kernels.interface import AttentionSpec
 
 META = torch.device("meta")
 SHARED_MEMORY = 227 * 1024  # bytes that a block may use on sm_90
@@ -43,6 +45,23 @@ def _rope_store(heads: int, kv_heads: int, dim: int, half: int, *, norms: bool =
     )
 
 
+def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: Any) -> None:
+    plan = GpuPlan(
+        tables=_empty(8, 512, dtype=torch.int32),
+        lengths=_empty(8, dtype=torch.int32),
+        starts=_empty(9, dtype=torch.int32),
+        block_size=16,
+        num_tokens=8 * queries,
+        max_length=8192,
+        longest_query=queries,
+        has_decodes=queries == 1,
+        has_prefills=queries > 1,
+    )
+    pool = _empty(kv_heads, 4096, 16, dim)
+    query = _empty(8 * queries, heads, dim)
+    attention_tiles.paged_attention(query, pool, pool, plan, AttentionSpec(scale=0.1, **scores))
+
+
 CASES = {
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
     "rms norm of heads": Case(
@@ -73,6 +92,23 @@ CASES = {
     "rope and store, 32/8 heads of 128": Case(lambda: _rope_store(32, 8, 128, 64), 4),
     "rope and store with norms": Case(lambda: _rope_store(16, 8, 128, 64, norms=True), 4),
     "rope and store, half of 80": Case(lambda: _rope_store(32, 32, 80, 16), 4),
+    "attention of single queries, 32/8 heads of 128": Case(lambda: _attend(32, 8, 128), 4),
+    "attention of single queries, 9/3 heads of 64": Case(lambda: _attend(9, 3, 64), 4),
+    "attention of single queries, 8/4 heads of 256": Case(
+        lambda: _attend(8, 4, 256, window=4096, softcap=50.0), 4
+    ),
+    "attention of single queries, 32/32 heads of 80": Case(
+        lambda: _attend(32, 32, 80, alibi_slopes=_empty(32, dtype=torch.float32)), 4
+    ),
+    "attention of prompts, 32/8 heads of 128": Case(lambda: _attend(32, 8, 128, queries=512), 4),
+    "attention of prompts, 64/8 heads of 64": Case(
+        lambda: _attend(64, 8, 64, queries=512, window=128, sinks=_empty(64, dtype=torch.float32)),
+        4,
+    ),
+    "attention of prompts, 8/4 heads of 256": Case(
+        lambda: _attend(8, 4, 256, queries=512, window=4096, softcap=50.0), 4
+    ),
+    "attention of prompts, 32/32 heads of 96": Case(lambda: _attend(32, 32, 96, queries=512), 4),
     "store": Case(
         lambda: rope.store_kv(
             _empty(8, 8, 128),
