@@ -20,6 +20,7 @@ from .attention_tiles import paged_attention
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
+from .sampling import merge, sample
 
 
 class HeadNorms(NamedTuple):
@@ -164,8 +165,11 @@ class GpuBackend(ReferenceBackend):
         for the logarithms' last place. Ties go to the lowest id; a row with NaN or infinite
         logits has broken = 1.
         """
-        raise NotImplementedError
+        return sample(logits, temperatures, stems, positions, first_id)
 
-    def merge_winners(self, gathered: Tensor) -> Tensor:
-        """The winner over the ranks' `sample` results: [size, n, 4] -> [n, 4]; equal on all."""
-        raise NotImplementedError
+    def merge_winners(self, gathered: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The winner over the ranks' `sample` results: [size, n, 4] -> [n, 4]; equal on all.
+
+        tokens int64 [n], if given, takes the winners' ids: the next step's input.
+        """
+        return merge(gathered, tokens)

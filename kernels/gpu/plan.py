@@ -46,15 +46,17 @@ class GpuPlan:
         for row, (span, blocks) in enumerate(zip(spans, used, strict=True)):
             tables[row, :blocks] = span.blocks[:blocks]
         queries = [span.num_query for span in spans]
-        packed[count * width : -count - 1] = [span.length for span in spans]
-        packed[-count:] = np.cumsum(queries)
-        if any(span.start != packed[row - count - 1] for row, span in enumerate(spans)):
+        at = count * width
+        packed[at : at + count] = [span.length for span in spans]
+        starts = packed[at + count :]
+        starts[1:] = np.cumsum(queries)
+        if any(span.start != starts[row] for row, span in enumerate(spans)):
             raise ValueError("spans: their queries do not stand one behind the other")
         there = torch.from_numpy(packed).to(device)
         return cls(
-            tables=there[: count * width].view(count, width),
-            lengths=there[count * width : count * width + count],
-            starts=there[count * width + count :],
+            tables=there[:at].view(count, width),
+            lengths=there[at : at + count],
+            starts=there[at + count :],
             block_size=block_size,
             num_tokens=sum(queries),
             max_length=max((span.length for span in spans), default=0),

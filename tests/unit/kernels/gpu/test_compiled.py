@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.kernels.gpu import activation, attention_tiles, norm, rope
+from phalanx.kernels.gpu import activation, attention_tiles, norm, rope, sampling
 from phalanx.kernels.gpu.plan import GpuPlan
 from phalanx.kernels.interface import AttentionSpec
 
@@ -62,7 +62,13 @@ def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: 
     attention_tiles.paged_attention(query, pool, pool, plan, AttentionSpec(scale=0.1, **scores))
 
 
+def _sample(vocabulary: int) -> None:
+    temperatures, counts = _empty(8, dtype=torch.float64), _empty(8, dtype=torch.int64)
+    sampling.sample(_empty(8, vocabulary), temperatures, counts, counts, 0)
+
+
 CASES = {
+    "sampling, 128256": Case(lambda: _sample(128256), 1),
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
     "rms norm of heads": Case(
         lambda: norm.rms_norm(
