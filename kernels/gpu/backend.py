@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.kernels.interface import AttentionPlan, AttentionSpec, SequenceSpan
+from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
 from .activation import activate, gated_quantize
+from .all_reduce import PeerBuffers, all_reduce_add_rms_norm
 from .attention_tiles import paged_attention
+from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
@@ -32,27 +34,18 @@ class HeadNorms(NamedTuple):
     offset: float = 0.0
 
 
-class PeerBuffers(NamedTuple):
-    """A buffer of the same shape on every rank of a node, as symmetric memory gives it.
-
-    `addresses` and `signals` are int64 [size] on the device: where each rank's buffer and its
-    signal pad (uint32, zeros at rest) stand in this process. None of `signals` = no barrier:
-    somebody else sees to it that the buffers are complete.
-    """
-
-    rank: int
-    local: Tensor  # [rows, n], this rank's own
-    addresses: Tensor
-    signals: Tensor | None
-
-
 class GpuBackend(ReferenceBackend):
     """Triton kernels; what is not overridden is one torch call."""
 
     name = "gpu"
 
-    def __init__(self, device: torch.device | str = "cuda") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cuda", *, programmatic: bool = False) -> None:
+        """`programmatic`: products of few rows load weights before they wait for their input."""
+        self.device, self._programmatic = torch.device(device), programmatic
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The weight as it is; own kernels for up to 16 rows."""
+        return GpuLinear(weight, bias, programmatic=self._programmatic)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """One kernel, rows in registers."""
@@ -141,18 +134,17 @@ class GpuBackend(ReferenceBackend):
     def all_reduce_add_rms_norm(
         self,
         peers: PeerBuffers,
-        rows: int,
         residual: Tensor,
         weight: Tensor,
         eps: float,
         offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """`add_rms_norm` of the sum of all ranks' first `rows` rows, added in rank order.
+        """`add_rms_norm` of the sum of all ranks' first len(residual) rows, in rank order.
 
-        A buffer may be written again once a later call on another buffer has begun: two in turn
-        are enough.
+        The sum is written into residual. A buffer may be written again once a later call on
+        another buffer has begun: two in turn are enough.
         """
-        raise NotImplementedError
+        return all_reduce_add_rms_norm(peers, residual, weight, eps, offset), residual
 
     def sample(
         self, logits: Tensor, temperatures: Tensor, stems: Tensor, positions: Tensor, first_id: int

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.kernels.gpu import activation, attention_tiles, norm, rope, sampling
+from phalanx.kernels.gpu import (
+    activation,
+    all_reduce,
+    attention_tiles,
+    linear,
+    norm,
+    rope,
+    sampling,
+)
+from phalanx.kernels.gpu.all_reduce import PeerBuffers
 from phalanx.kernels.gpu.plan import GpuPlan
 from phalanx.kernels.interface import AttentionSpec
 
@@ -67,7 +76,27 @@ def _sample(vocabulary: int) -> None:
     sampling.sample(_empty(8, vocabulary), temperatures, counts, counts, 0)
 
 
+def _multiply(rows: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+    scale = None if dtype is torch.bfloat16 else _empty(4096, 1, dtype=torch.float32)
+    weight = _empty(4096, 14336, dtype=dtype)
+    linear.small_product(_empty(rows, 14336), weight, None, scale, **options)
+
+
+def _all_reduce() -> None:
+    places = _empty(8, dtype=torch.int64)
+    peers = PeerBuffers(0, _empty(64, 8192), places, places)
+    all_reduce.all_reduce_add_rms_norm(peers, _empty(64, 8192), _empty(8192), 1e-5)
+
+
 CASES = {
+    "all-reduce, add and rms norm, 8192": Case(_all_reduce, 10),
+    "product of 1 row": Case(lambda: _multiply(1), 6),
+    "product of 1 row, programmatic": Case(lambda: _multiply(1, programmatic=True), 6),
+    "product of 2 rows": Case(lambda: _multiply(2), 4),
+    "product of 4 rows": Case(lambda: _multiply(4), 4),
+    "product of 1 row, float8": Case(lambda: _multiply(1, torch.float8_e4m3fn), 3),
+    "product of 4 rows, float8": Case(lambda: _multiply(4, torch.float8_e4m3fn), 3),
+    "product of 16 rows": Case(lambda: _multiply(16), 2),
     "sampling, 128256": Case(lambda: _sample(128256), 1),
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
     "rms norm of heads": Case(
@@ -140,3 +169,24 @@ def test_kernels_keep_to_registers_and_load_16_bytes(
     assert all(kernel.shared <= SHARED_MEMORY for kernel in made)
     wide = sum(kernel.wide_loads() for kernel in made)
     assert wide >= CASES[name].wide_loads, wide
+
+
+def test_a_programmatic_product_loads_weights_before_it_waits(
+    recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    with recorded() as launches:
+        _multiply(1, programmatic=True)
+    before, waited, after = compiled(launches[0]).ptx.partition("griddepcontrol.wait")
+    assert waited
+    assert ".v4.b32" in before
+    assert "st.global" not in before and "st.global" in after
+
+
+def test_a_barrier_is_visible_to_all_devices(
+    recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    with recorded() as launches:
+        _all_reduce()
+    ptx = compiled(launches[0]).ptx
+    assert "atom.global.release.sys.cas" in ptx
+    assert "atom.global.acquire.sys.cas" in ptx
