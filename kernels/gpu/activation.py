@@ -41,7 +41,12 @@ def _activated(x, NAME: tl.constexpr):
 
 @triton.jit
 def _gated(x_ptr, row, column, inside, stride, N: tl.constexpr, NAME: tl.constexpr):
-    """activate(gate) * up in float32, the activated gate rounded as torch rounds it."""
+    """activate(gate) * up in float32, the activated gate rounded as torch rounds it.
+
+    Without a name, x itself.
+    """
+    if NAME == "":
+        return tl.load(x_ptr + row * stride + column, inside, 0.0).to(tl.float32)
     gate = tl.load(x_ptr + row * stride + column, inside, 0.0)
     up = tl.load(x_ptr + row * stride + N + column, inside, 0.0)
     activated = rounded(_activated(gate.to(tl.float32), NAME), x_ptr.dtype.element_ty)
@@ -71,7 +76,7 @@ def _activate(
 
 
 @triton.jit
-def _gated_quantize(
+def _quantize(
     x_ptr,
     out_ptr,
     scale_ptr,
@@ -129,18 +134,27 @@ def gated_quantize(gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """activate(gate) * up as (float8 [T, n], float32 scales [T, 1])."""
     if activation not in NAMES:
         raise KeyError(activation)
-    matrix, n = _matrix(gate_up), gate_up.shape[-1] // 2
-    out = torch.empty(len(matrix), n, dtype=FLOAT8, device=gate_up.device)
-    scale = torch.empty(len(matrix), 1, dtype=torch.float32, device=gate_up.device)
+    return _quantized(gate_up, gate_up.shape[-1] // 2, activation)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, n] as (float8 [T, n], float32 scales [T, 1])."""
+    return _quantized(x, x.shape[-1], "")
+
+
+def _quantized(x: Tensor, n: int, name: str) -> tuple[Tensor, Tensor]:
+    matrix = _matrix(x)
+    out = torch.empty(len(matrix), n, dtype=FLOAT8, device=x.device)
+    scale = torch.empty(len(matrix), 1, dtype=torch.float32, device=x.device)
     if len(matrix):
-        launch(_gated_quantize, len(matrix))(
+        launch(_quantize, len(matrix))(
             matrix,
             out,
             scale,
             matrix.stride(0),
             N=n,
             BLOCK=QUANTIZED_BLOCK,
-            NAME=activation,
+            NAME=name,
             LARGEST=FLOAT8_MAX,
             num_warps=QUANTIZED_WARPS,
         )

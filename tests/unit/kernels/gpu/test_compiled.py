@@ -13,6 +13,7 @@ from phalanx.kernels.gpu import (
     activation,
     all_reduce,
     attention_tiles,
+    int4,
     linear,
     norm,
     rope,
@@ -88,7 +89,16 @@ def _all_reduce() -> None:
     all_reduce.all_reduce_add_rms_norm(peers, _empty(64, 8192), _empty(8192), 1e-5)
 
 
+def _int4(rows: int) -> None:
+    words, scales = _empty(4096, 512, dtype=torch.int32), _empty(4096, 32)
+    int4.Int4Linear(words, scales, None)(_empty(rows, 4096))
+
+
 CASES = {
+    "product of 1 row, int4": Case(lambda: _int4(1), 2),
+    "product of 64 rows, int4": Case(lambda: _int4(64), 2),
+    "product of 65 rows, int4": Case(lambda: _int4(65), 1),
+    "quantise": Case(lambda: activation.quantize_rows(_empty(8, 4096)), 2),
     "all-reduce, add and rms norm, 8192": Case(_all_reduce, 10),
     "product of 1 row": Case(lambda: _multiply(1), 6),
     "product of 1 row, programmatic": Case(lambda: _multiply(1, programmatic=True), 6),
