@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from .cpu.backend import CpuBackend
 from .cpu.native_backend import NativeBackend
 from .interface import KernelBackend
 from .reference import ReferenceBackend
+
+
+def _gpu(device: str) -> tuple[KernelBackend, str]:
+    """The Triton backend and what it is made of; ImportError without Triton."""
+    import triton
+
+    from .gpu.backend import GpuBackend
+    from .gpu.flash import FlashAttention
+
+    flash = FlashAttention.find()
+    prompts = "own attention" if flash is None else f"prompts by flash-attn {flash.version}"
+    return GpuBackend(device, flash=flash), f"Triton {triton.__version__}, {prompts}"
 
 
 def select_backend(device: str, override: str | None = None) -> tuple[KernelBackend, str]:
@@ -16,13 +29,19 @@ def select_backend(device: str, override: str | None = None) -> tuple[KernelBack
         NativeBackend.name: NativeBackend,
         CpuBackend.name: CpuBackend,
         ReferenceBackend.name: ReferenceBackend,
+        "gpu": lambda: _gpu(device)[0],
     }
     if override is not None:
         if override not in backends:
             raise ValueError(f"kernels: {override!r} is not one of {sorted(backends)}")
         return backends[override](), f"kernels: {override} (asked for)"
     if device != "cpu":
-        return ReferenceBackend(), f"kernels: reference (no own kernels for {device} yet)"
+        if not device.startswith("cuda"):
+            return ReferenceBackend(), f"kernels: reference (no own kernels for {device})"
+        if find_spec("triton") is None:
+            return ReferenceBackend(), "kernels: reference (Triton is not installed)"
+        backend, parts = _gpu(device)
+        return backend, f"kernels: gpu ({parts})"
     try:
         native = NativeBackend()
     except OSError as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from phalanx.kernels.interface import AttentionSpec
 
 from .attention import attend_prompts, attend_singles, merge_splits
+from .flash import FlashAttention
 from .launch import launch, next_power_of_2
 from .plan import GpuPlan
 
@@ -74,20 +75,32 @@ def split_of(kv_heads: int) -> tuple[int, int]:
 
 
 def paged_attention(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, plan: GpuPlan, spec: AttentionSpec
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    plan: GpuPlan,
+    spec: AttentionSpec,
+    flash: FlashAttention | None = None,
 ) -> Tensor:
-    """Causal attention of query [T, H, D] to the tokens in the pools -> [T, H, D]."""
+    """Causal attention of query [T, H, D] to the tokens in the pools -> [T, H, D].
+
+    Prompts are handed to `flash` where it takes them.
+    """
     if query.stride(-1) != 1:
         query = query.contiguous()
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.numel() == 0 or key_pool.shape[0] == 0:
-        return out
+        return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    flashed = plan.has_prefills and flash is not None and flash.takes(query, key_pool, spec)
+    if flash is not None and flashed:
+        out = flash.prompts(query, key_pool, value_pool, plan, spec)
+    else:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     scores = {
         "WINDOW": bool(spec.window),
         "SOFTCAP": bool(spec.softcap),
         "ALIBI": spec.alibi_slopes is not None,
     }
-    if plan.has_prefills:
+    if plan.has_prefills and not flashed:
         _prompts(query, key_pool, value_pool, out, plan, spec, scores)
     if plan.has_decodes:
         _singles(query, key_pool, value_pool, out, plan, spec, scores)

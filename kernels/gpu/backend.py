@@ -18,6 +18,7 @@ from phalanx.kernels.reference import ReferenceBackend
 from .activation import activate, gated_quantize
 from .all_reduce import PeerBuffers, all_reduce_add_rms_norm
 from .attention_tiles import paged_attention
+from .flash import FlashAttention
 from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
@@ -39,9 +40,17 @@ class GpuBackend(ReferenceBackend):
 
     name = "gpu"
 
-    def __init__(self, device: torch.device | str = "cuda", *, programmatic: bool = False) -> None:
-        """`programmatic`: products of few rows load weights before they wait for their input."""
-        self.device, self._programmatic = torch.device(device), programmatic
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        *,
+        flash: FlashAttention | None = None,
+        programmatic: bool = False,
+    ) -> None:
+        """`flash` takes prompts where it can. `programmatic`: products of few rows load weights
+        before they wait for their input."""
+        self.device, self.flash = torch.device(device), flash
+        self._programmatic = programmatic
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """The weight as it is; own kernels for up to 16 rows."""
@@ -102,7 +111,7 @@ class GpuBackend(ReferenceBackend):
         """Sequences of one query split their keys; the others are tiled over their queries."""
         if not isinstance(plan, GpuPlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
-        return paged_attention(query, key_pool, value_pool, plan, spec)
+        return paged_attention(query, key_pool, value_pool, plan, spec, self.flash)
 
     def rope_store_kv(
         self,

@@ -25,6 +25,8 @@ class GpuPlan:
     tables: Tensor  # int32 [S, W], block ids in order
     lengths: Tensor  # int32 [S]
     starts: Tensor  # int32 [S + 1]
+    prompt_lengths: Tensor
+    """int32 [S + 1]: 0, then the length of each sequence with several queries, 0 for others."""
     block_size: int
     num_tokens: int
     max_length: int
@@ -41,22 +43,25 @@ class GpuPlan:
         count = len(spans)
         used = [-(-span.length // block_size) for span in spans]
         width = max(used, default=1)
-        packed = np.zeros(count * width + 2 * count + 1, dtype=np.int32)
+        packed = np.zeros(count * width + 3 * count + 2, dtype=np.int32)
         tables = packed[: count * width].reshape(count, width)
         for row, (span, blocks) in enumerate(zip(spans, used, strict=True)):
             tables[row, :blocks] = span.blocks[:blocks]
         queries = [span.num_query for span in spans]
         at = count * width
         packed[at : at + count] = [span.length for span in spans]
-        starts = packed[at + count :]
+        starts = packed[at + count : at + 2 * count + 1]
         starts[1:] = np.cumsum(queries)
+        prompts = [span.length if span.num_query > 1 else 0 for span in spans]
+        packed[at + 2 * count + 2 :] = prompts
         if any(span.start != starts[row] for row, span in enumerate(spans)):
             raise ValueError("spans: their queries do not stand one behind the other")
         there = torch.from_numpy(packed).to(device)
         return cls(
             tables=there[:at].view(count, width),
             lengths=there[at : at + count],
-            starts=there[at + count :],
+            starts=there[at + count : at + 2 * count + 1],
+            prompt_lengths=there[at + 2 * count + 1 :],
             block_size=block_size,
             num_tokens=sum(queries),
             max_length=max((span.length for span in spans), default=0),
@@ -77,6 +82,7 @@ class GpuPlan:
             tables=torch.zeros(sequences, max_blocks, dtype=torch.int32, device=device),
             lengths=torch.zeros(sequences, dtype=torch.int32, device=device),
             starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+            prompt_lengths=torch.zeros(sequences + 1, dtype=torch.int32, device=device),
             block_size=block_size,
             num_tokens=sequences,
             max_length=max_blocks * block_size,

@@ -60,6 +60,7 @@ def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: 
         tables=_empty(8, 512, dtype=torch.int32),
         lengths=_empty(8, dtype=torch.int32),
         starts=_empty(9, dtype=torch.int32),
+        prompt_lengths=_empty(9, dtype=torch.int32),
         block_size=16,
         num_tokens=8 * queries,
         max_length=8192,
