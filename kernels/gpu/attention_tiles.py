@@ -24,7 +24,10 @@ MERGED = 8  # splits that the merge reads at once
 
 
 class Tile(NamedTuple):
-    """Query rows and tokens of a tile, warps of a program, tiles in flight."""
+    """Query rows and tokens of a tile, warps of a program, stages of its loop.
+
+    Keys wait for the ids of their blocks, so that two stages make one more tile in flight.
+    """
 
     rows: int
     tokens: int
@@ -44,10 +47,11 @@ PROMPT_TILES = {
 }
 """By (bytes of a query element, head dimension padded to a power of two)."""
 SINGLE_TILES = {
-    # few rows: tiles are as large as leaves two programs on a multiprocessor 3 stages each
-    (2, 64): Tile(16, 128, 4, 3),
-    (2, 128): Tile(16, 64, 4, 3),
-    (2, 256): Tile(16, 32, 4, 3),
+    # few rows, so all is in the tiles: two of keys and two of values are 64 KB, and three
+    # programs on a multiprocessor keep 192 KB of reads on their way
+    (2, 64): Tile(16, 128, 4, 5),
+    (2, 128): Tile(16, 64, 4, 5),
+    (2, 256): Tile(16, 32, 4, 5),
     (4, 64): Tile(16, 32, 4, 2),
     (4, 128): Tile(16, 32, 4, 2),
     (4, 256): Tile(16, 16, 4, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -201,3 +202,24 @@ def test_a_barrier_is_visible_to_all_devices(
     ptx = compiled(launches[0]).ptx
     assert "atom.global.release.sys.cas" in ptx
     assert "atom.global.acquire.sys.cas" in ptx
+
+
+@pytest.mark.parametrize(("dim", "tokens"), [(64, 128), (128, 64), (256, 32)])
+def test_single_queries_keep_two_tiles_in_flight(
+    dim: int, tokens: int, recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    with recorded() as launches:
+        _attend(32, 8, dim)
+    made = compiled(launches[0])
+    assert made.shared >= 2 * 2 * tokens * dim * 2  # tiles, keys and values, bytes
+    assert made.shared <= SHARED_MEMORY // 3
+    assert re.search(r"cp\.async\.cg\S* .*0x10", made.ptx)
+
+
+@pytest.mark.parametrize("run", [lambda: _attend(32, 8, 128, queries=512), lambda: _multiply(16)])
+def test_matrix_work_is_done_by_warpgroups(
+    run: Callable[[], Any], recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    with recorded() as launches:
+        run()
+    assert "wgmma.mma_async" in compiled(launches[0]).ptx
