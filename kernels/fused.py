@@ -1,4 +1,4 @@
-"""An optional capability of a backend: a whole stack of plain layers in one call.
+"""Optional capabilities of a backend: a step of heads, or a whole stack of plain layers, in one call.
 
 A decoder step of a small model is hundreds of operations of some microseconds each, and calling
 them one by one costs more than they do. A backend that can runs them by itself, sums over the
@@ -9,11 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .interface import AttentionPlan, AttentionSpec, KernelBackend, PackedLinear
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of query and key heads before they are rotated."""
+
+    query: Tensor  # [D] or [H, D]
+    key: Tensor  # [D] or [K, D]
+    eps: float
+    offset: float = 0.0
+
+
+@runtime_checkable
+class HeadFusingBackend(KernelBackend, Protocol):
+    """A backend that takes heads from the projection to the pools in one go."""
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        slots: Tensor,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """Norm, rotate and store: qkv [T, (H + 2 K) * D] -> queries [T, H, D].
+
+        qkv is [query | key | value] heads; cos, sin [T, rotary / 2]; slots int64 [T]. The pools
+        are written.
+        """
 
 
 @runtime_checkable

@@ -134,7 +134,7 @@ def attend_prompts(
             above = middle
     start, stop = tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)
     first = (program - start // queries - sequence) * queries
-    count, length = stop - start, tl.load(lengths_ptr + sequence)
+    count, length = stop - start, tl.load(lengths_ptr + sequence).to(tl.int32)
     if first >= count:
         return
     if SINGLES and count == 1:
@@ -186,7 +186,7 @@ def attend_singles(
     """
     sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = tl.load(starts_ptr + sequence).to(tl.int64)
-    length = tl.load(lengths_ptr + sequence)
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
     if tl.load(starts_ptr + sequence + 1) - token != 1:
         return
     row = tl.arange(0, ROWS)
@@ -222,7 +222,7 @@ def merge_splits(
     """One program: a head of a single query. Parts are added BLOCK_S at a time, in order."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(starts_ptr + sequence).to(tl.int64)
-    length = tl.load(lengths_ptr + sequence)
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
     if tl.load(starts_ptr + sequence + 1) - token != 1:
         return
     column = tl.arange(0, BLOCK_D)

@@ -7,11 +7,11 @@ on shapes and on the plan's plain values alone, lengths and tables are read by t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import HeadNorms
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
@@ -19,20 +19,13 @@ from .activation import activate, gated_quantize
 from .all_reduce import PeerBuffers, all_reduce_add_rms_norm
 from .attention_tiles import paged_attention
 from .flash import FlashAttention
+from .float8 import Float8Linear, pack_float8
+from .int4 import Int4Linear, pack_int4
 from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
 from .sampling import merge, sample
-
-
-class HeadNorms(NamedTuple):
-    """RMS norms of query and key heads before they are rotated."""
-
-    query: Tensor  # [D] or [H, D]
-    key: Tensor  # [D] or [K, D]
-    eps: float
-    offset: float = 0.0
 
 
 class GpuBackend(ReferenceBackend):
@@ -55,6 +48,15 @@ class GpuBackend(ReferenceBackend):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """The weight as it is; own kernels for up to 16 rows."""
         return GpuLinear(weight, bias, programmatic=self._programmatic)
+
+    def pack_linear_fp8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The weight in float8 with a scale for each output; sizes are multiples of 16."""
+        packed, scale = pack_float8(weight)
+        return Float8Linear(packed, scale, bias, programmatic=self._programmatic)
+
+    def pack_linear_int4(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The weight in 4 bits with a scale for 128 inputs; inputs are a multiple of 128."""
+        return Int4Linear(*pack_int4(weight), bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """One kernel, rows in registers."""
@@ -97,8 +99,13 @@ class GpuBackend(ReferenceBackend):
         store_kv(key, value, key_pool, value_pool, slots)
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
-        """One copy to the device; see `GpuPlan.decoding` for a graph's."""
+        """One copy to the device."""
         return GpuPlan.of(spans, block_size, self.device)
+
+    def plan_decode(self, block_tables: Tensor, lengths: Tensor, block_size: int) -> AttentionPlan:
+        """One query for each sequence; tables int32 [B, blocks] and lengths [B] are read when a
+        layer attends, so that a recorded step follows them. A length of 0 is padding."""
+        return GpuPlan.decoding(block_tables, lengths, block_size)
 
     def paged_attention(
         self,
@@ -123,11 +130,7 @@ class GpuBackend(ReferenceBackend):
         slots: Tensor,
         norms: HeadNorms | None = None,
     ) -> Tensor:
-        """Norm, rotate and store in one kernel: qkv [T, (H + 2 K) * D] -> queries [T, H, D].
-
-        cos, sin [T, rotary / 2], rotary 0 = not rotated; slots int64 [T], a negative one is not
-        stored. The pools are written.
-        """
+        """One kernel; a negative slot is passed over."""
         return rope_store_kv(qkv, cos, sin, key_pool, value_pool, slots, norms)
 
     def add_rms_norm_quantize(

@@ -23,7 +23,7 @@ class GpuPlan:
     """
 
     tables: Tensor  # int32 [S, W], block ids in order
-    lengths: Tensor  # int32 [S]
+    lengths: Tensor  # int32 or int64 [S]
     starts: Tensor  # int32 [S + 1]
     prompt_lengths: Tensor
     """int32 [S + 1]: 0, then the length of each sequence with several queries, 0 for others."""
@@ -71,21 +71,20 @@ class GpuPlan:
         )
 
     @classmethod
-    def decoding(
-        cls, sequences: int, max_blocks: int, block_size: int, device: torch.device
-    ) -> GpuPlan:
-        """Buffers for a graph that decodes one token of each sequence; all of them padding yet.
+    def decoding(cls, tables: Tensor, lengths: Tensor, block_size: int) -> GpuPlan:
+        """One query for each sequence; both tensors are read when a layer attends.
 
-        Write `lengths` (the new token included) and `tables` between replays.
+        tables: int32 [S, W], contiguous in a row; lengths: int32 or int64 [S].
         """
+        sequences, device = len(lengths), lengths.device
         return cls(
-            tables=torch.zeros(sequences, max_blocks, dtype=torch.int32, device=device),
-            lengths=torch.zeros(sequences, dtype=torch.int32, device=device),
+            tables=tables,
+            lengths=lengths,
             starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
             prompt_lengths=torch.zeros(sequences + 1, dtype=torch.int32, device=device),
             block_size=block_size,
             num_tokens=sequences,
-            max_length=max_blocks * block_size,
+            max_length=tables.shape[1] * block_size,
             longest_query=1,
             has_decodes=True,
             has_prefills=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import HeadFusingBackend, HeadNorms
 from phalanx.kernels.interface import AttentionSpec, KernelBackend
 from phalanx.protos.shards import HeadCut, Span
 from phalanx.protos.specs import DecoderSpec
@@ -55,6 +56,7 @@ class Attention:
         if model.qk_norm != "none":
             layout = layouts.get("query_norm", PLAIN)
             self._norm = QueryKeyNorm(model, heads, names, group, backend, dtype, device, layout)
+        self._fused, self._norms = self._fusing(model, backend)
         self.output = RowParallelLinear(
             names.output,
             query,
@@ -66,6 +68,18 @@ class Attention:
             layout=layouts.get("output", PLAIN),
             reduce=reduce,
         )
+
+    def _fusing(
+        self, model: DecoderSpec, backend: KernelBackend
+    ) -> tuple[HeadFusingBackend | None, HeadNorms | None]:
+        """The backend, if it takes these heads in one go, and their norms."""
+        if not self._rotates or not isinstance(backend, HeadFusingBackend):
+            return None, None
+        if self._norm is None:
+            return backend, None
+        if model.norm != "rms" or model.qk_norm == "width":
+            return None, None
+        return backend, HeadNorms(*self._norm.weights, model.norm_eps, model.norm_offset)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -94,14 +108,19 @@ class Attention:
         projected = self.qkv(x)
         if self._clip:
             projected = projected.clamp(-self._clip, self._clip)
-        heads = projected.view(tokens, rotated + self._kv_heads, self._head_dim)
-        if self._norm is None:
-            turned = self._turned(heads[:, :rotated], batch)
-            query, key = turned[:, : self._heads], turned[:, self._heads :]
+        if self._fused is not None:
+            query = self._fused.rope_store_kv(
+                projected, *self._angles(batch), cache.key, cache.value, batch.slots, self._norms
+            )
         else:
-            query, key = self._norm(heads[:, : self._heads], heads[:, self._heads : rotated])
-            query, key = self._turned(query, batch), self._turned(key, batch)
-        self._backend.store_kv(key, heads[:, rotated:], cache.key, cache.value, batch.slots)
+            heads = projected.view(tokens, rotated + self._kv_heads, self._head_dim)
+            if self._norm is None:
+                turned = self._turned(heads[:, :rotated], batch)
+                query, key = turned[:, : self._heads], turned[:, self._heads :]
+            else:
+                query, key = self._norm(heads[:, : self._heads], heads[:, self._heads : rotated])
+                query, key = self._turned(query, batch), self._turned(key, batch)
+            self._backend.store_kv(key, heads[:, rotated:], cache.key, cache.value, batch.slots)
         attended = self._backend.paged_attention(
             query, cache.key, cache.value, batch.attention, self._spec
         )
@@ -110,8 +129,10 @@ class Attention:
     def _turned(self, heads: Tensor, batch: Batch) -> Tensor:
         if not self._rotates:
             return heads
-        cos, sin = batch.local if self._local and batch.local else (batch.cos, batch.sin)
-        return self._backend.rope(heads, cos, sin)
+        return self._backend.rope(heads, *self._angles(batch))
+
+    def _angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.local if self._local and batch.local else (batch.cos, batch.sin)
 
 
 def _projections(

@@ -59,7 +59,7 @@ def _rope_store(heads: int, kv_heads: int, dim: int, half: int, *, norms: bool =
 def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: Any) -> None:
     plan = GpuPlan(
         tables=_empty(8, 512, dtype=torch.int32),
-        lengths=_empty(8, dtype=torch.int32),
+        lengths=_empty(8, dtype=torch.int64),
         starts=_empty(9, dtype=torch.int32),
         prompt_lengths=_empty(9, dtype=torch.int32),
         block_size=16,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from phalanx.kernels.gpu import attention_tiles
 from phalanx.kernels.gpu.attention_tiles import paged_attention
+from phalanx.kernels.gpu.backend import GpuBackend
 from phalanx.kernels.gpu.conversion import INTERPRETED
 from phalanx.kernels.gpu.plan import GpuPlan
 from phalanx.kernels.interface import AttentionSpec, SequenceSpan
@@ -168,16 +169,19 @@ def test_a_row_depends_neither_on_its_batch_nor_on_how_its_prompt_was_cut(
     _same(pages.run(spec), together[150:151])
 
 
-def test_padding_of_a_graph_gives_zeros_and_reads_nothing(device: torch.device) -> None:
+def test_a_decode_step_reads_tables_and_lengths_when_it_attends(device: torch.device) -> None:
+    """A length of 0 is padding: zeros come out, and nothing is read."""
     pages = Pages([(1, 20), (1, 40)], 4, 2, 32, 16, torch.float32, device)
     spec = AttentionSpec(scale=0.4)
     expected = pages.expected(spec)
-    plan = GpuPlan.decoding(4, 64, 16, device)
+    tables = torch.zeros(4, 64, dtype=torch.int32, device=device)
+    lengths = torch.zeros(4, dtype=torch.int64, device=device)
+    plan = GpuBackend(device).plan_decode(tables, lengths, 16)
     for row, span in enumerate(pages.spans):
-        plan.lengths[row] = span.length
-        plan.tables[row, : len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)
+        lengths[row] = span.length
+        tables[row, : len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)
     query = torch.cat([pages.query, torch.full_like(pages.query, math.nan)])
-    got = paged_attention(query, pages.pools[0], pages.pools[1], plan, spec)
+    got = GpuBackend(device).paged_attention(query, pages.pools[0], pages.pools[1], plan, spec)
     torch.testing.assert_close(got[:2].cpu().double(), expected, rtol=2e-5, atol=2e-5)
     assert not got[2:].any()
 

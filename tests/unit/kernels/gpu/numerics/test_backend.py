@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,19 @@ from phalanx.protos.specs import CacheSpec, WorkerSpec
 from phalanx.protos.steps import NewSequence, Row, StepPlan
 from phalanx.workers.engine import Engine
 from phalanx.workers.parallel import SingleRank
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+)
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
@@ -63,10 +77,30 @@ def _tokens(checkpoint: Path, backend: KernelBackend, device: str) -> list[int]:
     return tokens
 
 
+def _normed_heads(llama: Path, folder: Path) -> Path:
+    """A model whose query and key heads are normed, with the configuration of a Llama."""
+    import transformers
+
+    config = transformers.LlamaConfig.from_pretrained(llama).to_dict()
+    kept = {key: config[key] for key in SIZES}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**kept))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("normed_heads", [False, True])
 def test_a_model_gives_the_reference_tokens(
-    tiny_llama: Callable[..., Path], device: torch.device
+    normed_heads: bool, tiny_llama: Callable[..., Path], tmp_path: Path, device: torch.device
 ) -> None:
+    torch.manual_seed(0)
     checkpoint = tiny_llama()
+    if normed_heads:
+        checkpoint = _normed_heads(checkpoint, tmp_path)
     expected = _tokens(checkpoint, ReferenceBackend(), "cpu")
     assert len(expected) == 7 and len(set(expected)) > 3
     assert _tokens(checkpoint, GpuBackend(device), device.type) == expected
