@@ -206,6 +206,18 @@ def _singles(
         **scores,
         num_warps=tile.warps,
     )
+    _merge(mixed, sums, out, plan, spec, sizes)
+
+
+def _merge(
+    mixed: Tensor,
+    sums: Tensor,
+    out: Tensor,
+    plan: GpuPlan,
+    spec: AttentionSpec,
+    sizes: dict[str, int],
+) -> None:
+    sequences, heads, used, _ = mixed.shape
     launch(merge_splits, sequences, heads)(
         mixed,
         sums,
@@ -216,7 +228,7 @@ def _singles(
         used,
         spec.window,
         BLOCK_S=MERGED,
-        WINDOW=scores["WINDOW"],
+        WINDOW=bool(spec.window),
         SINKS=spec.sinks is not None,
         **sizes,
         num_warps=2,
