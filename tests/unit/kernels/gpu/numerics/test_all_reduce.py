@@ -27,9 +27,14 @@ def _expected(parts: list[Tensor], residual: Tensor, weight: Tensor) -> tuple[Te
     return wide * scale * weight.double(), summed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("size", "rows", "n"), [(1, 2, 576), (2, 66, 64), (3, 5, 100), (8, 1, 576)]
+    ("size", "rows", "n", "dtype"),
+    [
+        (1, 2, 576, torch.float32),
+        (2, 66, 64, torch.bfloat16),
+        (3, 5, 100, torch.float32),
+        (8, 1, 576, torch.bfloat16),
+    ],
 )
 def test_every_rank_gets_the_same_sum_and_norm(
     size: int, rows: int, n: int, dtype: torch.dtype, device: torch.device

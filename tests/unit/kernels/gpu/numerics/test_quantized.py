@@ -75,10 +75,9 @@ def test_sizes_that_float8_products_do_not_take_are_refused() -> None:
         Float8Linear(torch.zeros(20, 64, dtype=FLOAT8), torch.ones(20, 1), None)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows", [1, 16, 40, 65])
-@pytest.mark.parametrize("zeros", [False, True])
-def test_int4_layers(rows: int, zeros: bool, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "zeros"), [(torch.bfloat16, False), (torch.float16, True)])
+@pytest.mark.parametrize("rows", [1, 40, 65])
+def test_int4_layers(rows: int, dtype: torch.dtype, zeros: bool, device: torch.device) -> None:
     torch.manual_seed(rows)
     outputs, groups = 70, 5
     steps = torch.randint(16, (outputs, groups * 128), device=device)

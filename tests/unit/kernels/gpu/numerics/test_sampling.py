@@ -27,9 +27,10 @@ def _streams(
     return torch.tensor(stems, device=device), positions, torch.tensor(keys)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 515, 2500])
-@pytest.mark.parametrize("first_id", [0, 60_000])
+@pytest.mark.parametrize(
+    ("width", "first_id", "dtype"),
+    [(1, 0, torch.bfloat16), (515, 60_000, torch.float32), (2500, 0, torch.bfloat16)],
+)
 def test_the_winner_and_its_value(
     width: int, first_id: int, dtype: torch.dtype, device: torch.device
 ) -> None:
