@@ -76,6 +76,8 @@ class Engine:
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LoadReport:
         """Fill the weights, slice by slice; `progress` gets elements done and in all."""
+        if self._stage.is_last:
+            self._grammars.prepare()
         pieces = [piece for stage in self._decoder.stages for piece in stage]
         weight_bytes = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
         used = {piece.source for piece in pieces}
@@ -90,7 +92,7 @@ class Engine:
         )
         self._decoder.fuse(self._cache.layers)
         if self._stage.is_last:
-            self._grammars.prepare()
+            self._grammars.settle()
         return LoadReport(
             rank=self._stage.index * self._group.size + self._group.rank,
             weight_bytes=weight_bytes,

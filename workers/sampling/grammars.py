@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 
 from phalanx.protos.errors import PhalanxError, RequestFailed
@@ -15,7 +15,8 @@ CACHED = 64
 
 
 class Grammars:
-    """Compiles on demand. The tokenizer is read in the background, as few requests need it."""
+    """Compiles on demand. The tokenizer is read while the weights are loaded: that takes seconds in
+    which no other thread runs, and a rank that works may not be silent for so long."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """See `GrammarCompiler`."""
@@ -26,6 +27,10 @@ class Grammars:
     def prepare(self) -> None:
         """Begin to read the tokenizer."""
         Thread(target=self._read, name="grammars", daemon=True).start()
+
+    def settle(self) -> None:
+        """Wait until it is read, or cannot be."""
+        wait([self._compiler])
 
     def begin(self, grammar: Grammar) -> GrammarState:
         """The state at the beginning of a text. Raises `RequestFailed` where it does not compile;
