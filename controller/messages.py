@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,24 @@ def sampling_params(params: Mapping[str, Any]) -> types_pb2.SamplingParams:
 def _set(message: types_pb2.SamplingParams, name: str, value: Any) -> None:
     if name == "logit_bias":
         message.logit_bias.update(value)
+    elif name == "grammar":
+        _set_grammar(message.grammar, value)
     elif _FIELDS[name].is_repeated:
         getattr(message, name).extend([value] if isinstance(value, str | int) else value)
     else:
         setattr(message, name, value)
+
+
+def _set_grammar(message: types_pb2.Grammar, value: Any) -> None:
+    """`{"json_schema": a schema or its text}`, `{"regex": ...}`, `{"choice": [...]}` or
+    `{"lark": ...}`."""
+    kinds = [field.name for field in message.DESCRIPTOR.fields]
+    if not isinstance(value, Mapping) or len(value) != 1 or not value.keys() <= set(kinds):
+        raise ValueError(f"exactly one of {', '.join(kinds)} is needed")
+    ((kind, content),) = value.items()
+    if kind == "choice":
+        message.choice.texts.extend(content)
+    elif kind == "json_schema" and not isinstance(content, str):
+        message.json_schema = json.dumps(content)
+    else:
+        setattr(message, kind, content)

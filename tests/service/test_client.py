@@ -19,6 +19,7 @@ from phalanx.protos.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from phalanx.protos.sampling import Grammar
 
 WORDS = "the quick brown fox jumps over the lazy dog while forty-two geese say hello to the world"
 
@@ -194,3 +195,27 @@ def test_nobody_there() -> None:
 def test_a_token_that_cannot_travel_is_refused(token: str) -> None:
     with pytest.raises(ConfigError, match="token"):
         Client("127.0.0.1:1", token=token)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "expected"),
+    [
+        ({"json_schema": {"type": "null"}}, Grammar("json_schema", '{"type": "null"}')),
+        ({"json_schema": '{"type":"null"}'}, Grammar("json_schema", '{"type":"null"}')),
+        ({"regex": "a+"}, Grammar("regex", "a+")),
+        ({"choice": ["a", "b"]}, Grammar("choice", '["a", "b"]')),
+        ({"lark": 'start: "a"'}, Grammar("lark", 'start: "a"')),
+    ],
+)
+def test_the_form_of_an_answer(
+    serve: Any, say: Any, grammar: dict[str, Any], expected: Grammar
+) -> None:
+    async def main() -> None:
+        async with serve(say([60])) as served, AsyncClient(served.address) as client:
+            await client.complete("a", grammar=grammar, max_tokens=2)
+            assert served.engine.submissions[0].params.grammar == expected
+            for wrong in ({}, {"regex": "a", "lark": "b"}, {"xml": "a"}, "a+", {"regex": 5}):
+                with pytest.raises(InvalidArgument, match="grammar"):
+                    await client.complete("a", grammar=wrong)
+
+    asyncio.run(main())
