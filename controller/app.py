@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +15,9 @@ from .cluster.ray_fleet import RayCluster
 from .cluster.sizing import plan_unplaced
 from .config import ClusterConfig
 from .engine import AsyncEngine
+from .journal.file import JournalFile, Sync
+from .journal.memory import MemoryJournal
+from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
 from .model import resolve_model
 from .openai.host import OpenAIHost
@@ -24,6 +28,8 @@ from .supervisor import Supervisor
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
+JOURNAL_WAIT_S = 5.0
+"""For a controller that is just ending to let go of its journal."""
 
 
 class RunningCluster:
@@ -63,6 +69,7 @@ async def start_cluster(
         served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
         plan_unplaced(config, served)
         metrics = Metrics()
+        journal = await _open_journal(config, metrics, stack)
         ranks = config.ranks_per_replica * config.replicas
         verbose = config.log_level == "debug"
         ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
@@ -73,7 +80,17 @@ async def start_cluster(
         supervisor = Supervisor(engine, config.replicas, starter.start)
         stack.push_async_callback(supervisor.close)
         await supervisor.start_all()
-        service = InferenceService(engine, served, metrics, dtype=starter.dtype)
+        if isinstance(journal, DurableJournal):
+            journal.adopt(starter.identity)
+        service = InferenceService(
+            engine,
+            served,
+            metrics,
+            dtype=starter.dtype,
+            journal=journal,
+            grace_s=config.resume_grace_s,
+        )
+        metrics.on_recovered(service.recover())
         openai = None if config.openai_port is None else await _start_openai(config, service, stack)
         host = await _start_host(config, service, stack)
         page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
@@ -85,10 +102,30 @@ async def start_cluster(
 
         set_serving(engine.serving)
         engine.on_serving = set_serving
-        watching = asyncio.create_task(_watch(supervisor, engine, metrics))
+        watching = asyncio.create_task(_watch(supervisor, engine, metrics, journal))
         stack.push_async_callback(_cancelled, watching)
         url = None if openai is None else openai.url
         return RunningCluster(stack.pop_all(), watching, host.address, page, url)
+
+
+async def _open_journal(
+    config: ClusterConfig, metrics: Metrics, stack: AsyncExitStack
+) -> DurableJournal | MemoryJournal:
+    """Opened before anything is started: a journal of somebody else's is refused at once."""
+    if config.journal is None:
+        return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
+    sync: Sync = "full" if config.journal_sync == "full" else "normal"
+    file = await asyncio.to_thread(
+        JournalFile, Path(config.journal), sync=sync, wait_s=JOURNAL_WAIT_S
+    )
+    journal = DurableJournal(
+        file,
+        keep_s=config.journal_keep_s,
+        keep_bytes=config.journal_keep_bytes,
+        on_commit=metrics.on_commit,
+    )
+    stack.push_async_callback(journal.close)
+    return journal
 
 
 async def _start_host(
@@ -149,9 +186,15 @@ def _serve_metrics(config: ClusterConfig, metrics: Metrics, stack: AsyncExitStac
     return server.address
 
 
-async def _watch(supervisor: Supervisor, engine: AsyncEngine, metrics: Metrics) -> None:
+async def _watch(
+    supervisor: Supervisor,
+    engine: AsyncEngine,
+    metrics: Metrics,
+    journal: DurableJournal | MemoryJournal,
+) -> None:
     """Keep replicas there, and the gauges up to date."""
     async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(journal.watch())
         tasks.create_task(supervisor.run())
         tasks.create_task(_publish(engine, metrics))
 

@@ -139,6 +139,37 @@ class ClusterConfig:
         False, "Allow an address beyond this machine without TLS and token.", group="Security"
     )
 
+    journal: str | None = _option(
+        None,
+        "Folder in which accepted requests and their tokens are kept, so that a killed controller "
+        "loses nothing. It holds what users write.",
+        unset="off",
+        group="Durability",
+    )
+    journal_sync: str = _option(
+        "normal",
+        "What the journal outlives: the end of the process (normal), or of the machine (full).",
+        choices=("normal", "full"),
+        group="Durability",
+    )
+    journal_keep_s: float = _option(
+        600.0,
+        "Seconds that an ended request is kept for callers who ask again.",
+        low=0,
+        high=604800,
+        group="Durability",
+    )
+    journal_keep_bytes: int = _option(
+        256 * MIB, "Size up to which ended requests are kept.", low=0, size=True, group="Durability"
+    )
+    resume_grace_s: float = _option(
+        30.0,
+        "Seconds that a request with an id of its caller's outlives a lost connection.",
+        low=0,
+        high=86400,
+        group="Durability",
+    )
+
     ray_address: str | None = _option(
         None, "A running Ray cluster; embedded starts one here.", unset="embedded", group="Cluster"
     )

@@ -103,20 +103,31 @@ class AsyncEngine:
         params: SamplingParams,
         tenant: str,
         deadline: float | None,
+        known: Mapping[int, Sequence[int]] | None = None,
     ) -> AsyncIterator[list[TokenEvent]]:
         """See `server.engine.Engine.submit`."""
         if (tenant, request_id) in self._live:
             raise AlreadyExists(f"request_id {request_id!r} is taken by a request that still runs")
         number, now = next(self._numbers), time.monotonic()
         stream = Stream(
-            number, prompt_token_ids, params, tenant, now, deadline, request_id=request_id
+            number,
+            prompt_token_ids,
+            params,
+            tenant,
+            now,
+            deadline,
+            request_id=request_id,
+            known=known,
         )
         handle = self._choose(stream)
-        if handle is None:
+        if handle is None and not stream.accepted_before:
             raise Unavailable("no replica is ready")
         self._live[tenant, request_id] = stream
         try:
-            self._place(stream, handle)
+            if handle is None:
+                self._homeless[stream] = None
+            else:
+                self._place(stream, handle)
             async with contextlib.aclosing(self._follow(stream)) as batches:
                 async for events in batches:
                     yield events
@@ -201,7 +212,7 @@ class AsyncEngine:
 
     def _place(self, stream: Stream, handle: ReplicaHandle) -> None:
         """Hand the stream's open samples to a replica, from where they stand."""
-        readmitted = stream.started
+        readmitted = stream.started or stream.accepted_before
         group = stream.requests()
         stream.replica = handle.index
         self._by_name[stream.name] = stream

@@ -15,7 +15,7 @@ from .observing import StepTimes
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-METHODS = ("generate", "chat", "other")
+METHODS = ("generate", "chat", "resume", "other")
 OUTCOMES = (
     "stop",
     "length",
@@ -81,6 +81,9 @@ TABLE = (
     Row("kv_use_ratio", Gauge, "Part of the KV blocks in use, 0 to 1", "replica"),
     Row("prefix_queried_tokens", Counter, "Prompt tokens looked up in the prefix cache", "replica"),
     Row("prefix_hit_tokens", Counter, "Prompt tokens found in the prefix cache", "replica"),
+    Row("journal_commit_seconds", Histogram, "From a batch's begin to its being durable"),
+    Row("journal_bytes", Gauge, "Bytes of requests in the journal"),
+    Row("requests_recovered", Counter, "Requests taken up from an earlier controller's journal"),
     Row("preemptions", Counter, "Requests sent back to wait for want of KV blocks", "replica"),
 )
 
@@ -134,6 +137,15 @@ class Metrics:
         self._tokens = everything["step_tokens"]
         self._replicas = threading.Lock()
         self._last: dict[tuple[str, str], int] = {}
+
+    def on_commit(self, seconds: float, size: int) -> None:
+        """The journal committed a batch, and keeps so many bytes now."""
+        self._all["journal_commit_seconds"].observe(seconds)
+        self._all["journal_bytes"].set(size)
+
+    def on_recovered(self, count: int) -> None:
+        """So many requests were taken up from the journal."""
+        self._all["requests_recovered"].inc(count)
 
     def on_start(self, method: str) -> None:
         """A request of RPC `method` ("Generate", "Chat") came in."""

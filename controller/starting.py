@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
+import msgspec
 from rich.console import Console
 
 from phalanx.protos.errors import GroupLost
@@ -47,6 +49,13 @@ class ReplicaStarter:
     def dtype(self) -> str:
         """The number format in use; "auto" until a replica has started."""
         return self._config.dtype
+
+    @property
+    def identity(self) -> str:
+        """Of what makes tokens: the model and its number formats, as far as they are known here."""
+        config, served = self._config, self._served
+        shape = hashlib.sha256(msgspec.msgpack.encode(served.spec)).hexdigest()[:16]
+        return f"{served.name}:{shape}:{config.dtype}:{config.kv_dtype}"
 
     async def start(self, index: int, epoch: int) -> ReplicaHandle:
         """A replica for slot `index` whose loop runs. Raises `ConfigError`, `ModelError` or

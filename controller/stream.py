@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
@@ -33,15 +33,19 @@ class Stream:
         deadline: float | None,
         *,
         request_id: str = "",
+        known: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        """request_id: the caller's name for it, if it has one."""
+        """request_id: the caller's name for it, if it has one. known: the samples still to be
+        finished with their tokens so far, of a request that was accepted in an earlier life."""
         self._number, self._attempt = number, 0
         self.prompt_token_ids, self._params, self.tenant = list(prompt_token_ids), params, tenant
         self._arrival, self.deadline, self.request_id = arrival, deadline, request_id
-        self._outputs: dict[int, list[int]] = {index: [] for index in range(params.n)}
+        samples = dict.fromkeys(range(params.n), ()) if known is None else known
+        self._outputs = {index: list(tokens) for index, tokens in samples.items()}
+        self.accepted_before = known is not None
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
-        self.samples = params.n
+        self.samples = len(self._outputs)
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
         self.losses = 0

@@ -84,6 +84,14 @@ class Unavailable(PhalanxError):
     status = "UNAVAILABLE"
 
 
+class StreamLost(Unavailable):
+    """A client's stream broke and could not be resumed. What had come before it is valid."""
+
+
+class JournalLost(Unavailable):
+    """The journal cannot be written, or is another controller's now: nothing more may be sent."""
+
+
 class RequestFailed(PhalanxError):
     """This one request failed inside the engine (for example NaN logits); others go on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import threading
@@ -17,6 +18,7 @@ from phalanx.protos.limits import (
     MAX_CHAT_MESSAGES,
     MAX_DETOKENIZE_IDS,
     MAX_MESSAGE_BYTES,
+    MAX_N,
     MAX_REQUEST_ID_CHARS,
     MAX_TEXT_BYTES,
     SEED_RANGE,
@@ -41,6 +43,8 @@ class Admitted:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    fingerprint: bytes = b""
+    """Of the body, where the caller chose the id; the same body has the same one."""
 
 
 class Admission:
@@ -70,13 +74,13 @@ class Admission:
         violations = unknown_fields(request)
         prompt = self._prompt(request, violations)
         field = "text" if request.WhichOneof("prompt") == "text" else "token_ids"
-        return self._admit(request.request_id, prompt, field, request.params, violations)
+        return self._admit(request, prompt, field, violations)
 
     def chat(self, request: serving_pb2.ChatRequest) -> Admitted:
         """Raises `InvalidArgument`, or `ModelError` for a model without a chat template."""
         violations = unknown_fields(request)
         prompt = self._conversation(list(request.messages), violations)
-        return self._admit(request.request_id, prompt, "messages", request.params, violations)
+        return self._admit(request, prompt, "messages", violations)
 
     def tokenize(self, request: serving_pb2.TokenizeRequest) -> list[int]:
         """Raises `InvalidArgument`."""
@@ -110,6 +114,17 @@ class Admission:
         self._request_id(request.request_id, violations)
         _refuse(violations)
         return request.request_id
+
+    def resume(self, request: serving_pb2.ResumeRequest) -> None:
+        """Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        if not request.request_id:
+            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
+        self._request_id(request.request_id, violations)
+        if len(request.next_index) > MAX_N:
+            text = f"{len(request.next_index)} entries, at most {MAX_N} allowed"
+            violations.append(FieldViolation("next_index", text))
+        _refuse(violations)
 
     def _prompt(self, request: serving_pb2.GenerateRequest, violations: Violations) -> list[int]:
         match request.WhichOneof("prompt"):
@@ -165,12 +180,12 @@ class Admission:
 
     def _admit(
         self,
-        request_id: str,
+        request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest,
         prompt: list[int],
         field: str,
-        message: types_pb2.SamplingParams,
         violations: Violations,
     ) -> Admitted:
+        request_id, message = request.request_id, request.params
         self._request_id(request_id, violations)
         params = read_params(message, self._encode, violations)
         check_params(params, self._vocab_size, violations)
@@ -181,7 +196,9 @@ class Admission:
         if not message.HasField("seed"):
             seed = secrets.randbelow(SEED_RANGE[1] + 1)
             params = msgspec.structs.replace(params, seed=seed)
-        return Admitted(request_id or uuid.uuid4().hex, prompt, params)
+        if not request_id:
+            return Admitted(uuid.uuid4().hex, prompt, params)
+        return Admitted(request_id, prompt, params, _fingerprint(request))
 
     def _check_room(
         self, prompt: list[int], field: str, params: SamplingParams, violations: Violations
@@ -235,6 +252,14 @@ class Admission:
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+
+def _fingerprint(request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest) -> bytes:
+    """SHA-256 over the kind of request and all of its fields but the id."""
+    body = type(request).FromString(request.SerializeToString())
+    body.ClearField("request_id")
+    kind = type(request).DESCRIPTOR.full_name.encode()
+    return hashlib.sha256(kind + b"\0" + body.SerializeToString(deterministic=True)).digest()
 
 
 def _check_size(field: str, text: str, violations: Violations) -> bool:

@@ -33,7 +33,16 @@ _REASONS = {
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
 }
-Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse
+ROOM_BYTES = 256 * 1024
+Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse | serving_pb2.ResumeResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a reader has got of an answer already: tokens of each sample, and scores of the prompt."""
+
+    tokens: Sequence[int] = ()
+    prompt: int = 0
 
 
 @dataclass(slots=True)
@@ -63,9 +72,11 @@ class Answer:
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         stop_sample: Callable[[int], None],
+        received: Received = Received(),
     ) -> None:
+        """received: is left out. stop_sample: told which samples have met a stop string."""
         self._texts, self._params, self._prompt = texts, params, prompt_token_ids
-        self._stop_sample = stop_sample
+        self._stop_sample, self._received = stop_sample, received
         self._samples = [
             SampleText(
                 texts.stream(params.skip_special_tokens),
@@ -80,12 +91,13 @@ class Answer:
         self._unread = 0
         self._scores: deque[types_pb2.PositionLogprobs] = deque()
         self._scored = 0
+        self._scores_sent = received.prompt
         if params.prompt_logprobs is not None:
-            self._scores.append(types_pb2.PositionLogprobs())  # nothing comes before the first
-            self._scored = 1
+            self._add_score(types_pb2.PositionLogprobs())  # nothing comes before the first
         self._cached = 0
         self._first = True
         self._news = asyncio.Event()
+        self._room = asyncio.Event()
         self.error: Exception | None = None
         """Why the answer ends without its samples having finished."""
 
@@ -120,6 +132,18 @@ class Answer:
         """Return when there is something to take, or the answer is over."""
         await self._news.wait()
         self._news.clear()
+
+    async def room(self) -> None:
+        """Return when most of what was folded in has been taken."""
+        while self._unread > ROOM_BYTES:
+            self._room.clear()
+            await self._room.wait()
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all samples so far that the reader had not got before."""
+        had = [*self._received.tokens, *[0] * len(self._samples)]
+        return sum(max(sample.count - had[i], 0) for i, sample in enumerate(self._samples))
 
     def fold(self, events: Iterable[TokenEvent]) -> None:
         """Take in a batch of events. Raises what an event carries as its error."""
@@ -185,6 +209,9 @@ class Answer:
         self._add(_Piece(index, count, None, text, finish=reason, stop_reason=stop_reason))
 
     def _add(self, piece: _Piece) -> None:
+        had = self._received.tokens[piece.sample : piece.sample + 1]
+        if piece.token_id is not None and had and piece.first < had[0]:
+            return
         self._pieces.append(piece)
         self._unread += piece.size()
 
@@ -194,8 +221,12 @@ class Answer:
             raise RequestFailed(f"scores of prompt tokens before {run.start} are missing")
         done = self._scored - run.start
         for token, top in zip(run.tokens[done:], run.top[done:], strict=True):
-            self._scores.append(self._position(token, top))
-            self._scored += 1
+            self._add_score(self._position(token, top))
+
+    def _add_score(self, score: types_pb2.PositionLogprobs) -> None:
+        if self._scored >= self._received.prompt:
+            self._scores.append(score)
+        self._scored += 1
 
     def _position(
         self, token: TokenLogprob, top: Iterable[TokenLogprob]
@@ -220,9 +251,12 @@ class Answer:
         if self._first:
             message.seed, self._first = self._params.seed, False
         room = MESSAGE_BYTES
+        if self._scores:
+            message.first_prompt_index = self._scores_sent
         while self._scores and room > 0:
             room -= self._scores[0].ByteSize() + 4
             message.prompt_logprobs.append(self._scores.popleft())
+            self._scores_sent += 1
         deltas: dict[int, types_pb2.SampleDelta] = {}
         texts: dict[int, list[str]] = {}
         while self._pieces and not self._scores and room > 0:
@@ -237,6 +271,7 @@ class Answer:
                 texts[piece.sample] = []
             _extend(deltas[piece.sample], piece)
             texts[piece.sample].append(piece.text)
+        self._room.set()
         for index, delta in deltas.items():
             delta.text = "".join(texts[index])
         if self.finished and not self._pieces:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot
@@ -21,6 +21,7 @@ class Engine(Protocol):
         params: SamplingParams,
         tenant: str,
         deadline: float | None,
+        known: Mapping[int, Sequence[int]] | None = None,
     ) -> AsyncIterator[list[TokenEvent]]:
         """The events of all samples, in batches as steps bring them, until each has finished.
 
@@ -28,6 +29,9 @@ class Engine(Protocol):
         raises `AlreadyExists`, `ResourceExhausted`, `Unavailable`, `InvalidArgument` or
         `DeadlineExceeded` when it is refused. Closing the iterator frees all that the request
         holds, at once.
+
+        known: the samples still to be finished with their tokens so far, of a request that was
+        accepted before; it is not refused for want of room, and only what is new comes.
         """
 
     def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:

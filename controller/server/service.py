@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from phalanx.controller.journal.memory import MemoryJournal
 from phalanx.controller.model import ServedModel
 from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.protos.errors import (
@@ -23,10 +25,11 @@ from phalanx.protos.limits import MAX_STALL_S
 from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .admission import Admission, Admitted
-from .answer import SLOW_RETRY_S, Answer, Response
+from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .convert import cluster_state, unknown_fields
 from .engine import Engine, Observer
 from .security import DEFAULT_TENANT
+from .sessions import GRACE_S, Journal, Session, Sessions
 from .tokens import TokenTexts
 
 INLINE_BYTES = 4096
@@ -65,10 +68,15 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         *,
         dtype: str,
         max_stall_s: float = MAX_STALL_S,
+        journal: Journal | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
+        """journal: where requests with ids of their callers' are kept; None: in memory. grace_s:
+        seconds that such a request outlives its call."""
         self._engine, self._model, self._observer = engine, model, observer
         self._dtype, self._max_stall_s = dtype, max_stall_s
         self._texts = TokenTexts(model.tokenizer)
+        self._sessions = Sessions(engine, journal or MemoryJournal(), self._texts, grace_s)
         self._admission = Admission(model)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._answers: set[Answer] = set()
@@ -92,43 +100,64 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: serving_pb2.GenerateRequest, context: Any) -> None:
         """Continue a prompt."""
-        await self.generate(request, context, self.identify(context))
+        call = _Call("Generate", self._observer, context, self.identify(context), outlived=True)
+        await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def Chat(self, request: serving_pb2.ChatRequest, context: Any) -> None:
         """Answer a conversation."""
-        await self.chat(request, context, self.identify(context))
+        call = _Call("Chat", self._observer, context, self.identify(context), outlived=True)
+        await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
+
+    async def Resume(self, request: serving_pb2.ResumeRequest, context: Any) -> None:
+        """Go on reading a request."""
+        call = _Call("Resume", self._observer, context, self.identify(context))
+        async with self._booked(call):
+            self._admission.resume(request)
+            session = self._sessions.find(request.request_id, call.tenant)
+            if len(request.next_index) > session.header.params.n:
+                text = f"{len(request.next_index)} entries, the request has "
+                text += f"{session.header.params.n} samples"
+                raise InvalidArgument.of("next_index", text)
+            received = Received(tuple(request.next_index), request.next_prompt_index)
+            await self._follow(session, call, serving_pb2.ResumeResponse, received)
+
+    def recover(self) -> int:
+        """Go on with the requests that the journal has; returns how many there are."""
+        return self._sessions.recover()
 
     async def generate(
         self, request: serving_pb2.GenerateRequest, reader: Reader, tenant: str
     ) -> None:
         """Write the `GenerateResponse`s of a request to `reader`. Cancelling this frees all that
         the request holds, at once."""
-        await self._stream(
-            _Call("Generate", self._observer, reader, tenant),
-            request,
-            self._admission.generate,
-            serving_pb2.GenerateResponse,
-        )
+        call = _Call("Generate", self._observer, reader, tenant)
+        await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def chat(self, request: serving_pb2.ChatRequest, reader: Reader, tenant: str) -> None:
         """The same for a conversation and its `ChatResponse`s."""
-        await self._stream(
-            _Call("Chat", self._observer, reader, tenant),
-            request,
-            self._admission.chat,
-            serving_pb2.ChatResponse,
-        )
+        call = _Call("Chat", self._observer, reader, tenant)
+        await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
 
     async def _stream(
         self, call: _Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
     ) -> None:
-        """One request from its arrival to its end, and its entry in the books."""
-        try:
-            self._check_open()
+        """One request from its arrival to its end."""
+        async with self._booked(call):
             admitted = await self._run(request, admit)
             self._check_open()
             call.prompt_tokens = len(admitted.prompt_token_ids)
-            await self._answer(admitted, call, kind)
+            if call.outlived and admitted.fingerprint:
+                session = self._sessions.open(admitted, call.tenant, call.deadline)
+                await self._follow(session, call, kind, Received())
+            else:
+                await self._answer(admitted, call, kind)
+
+    @contextlib.asynccontextmanager
+    async def _booked(self, call: _Call) -> AsyncIterator[None]:
+        """A call's entry in the books, however it ends."""
+        try:
+            self._check_open()
+            yield
         except PhalanxError as error:
             call.outcome = error.status.lower()
             raise
@@ -143,6 +172,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             raise Unavailable("the server is shutting down")
 
     async def _answer(self, admitted: Admitted, call: _Call, kind: type[Response]) -> None:
+        """A request that lives as long as its call."""
         tenant = call.tenant
         answer = Answer(
             self._texts,
@@ -150,7 +180,6 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             admitted.prompt_token_ids,
             lambda index: self._engine.stop_sample(admitted.request_id, index, tenant),
         )
-        call.answer = answer
         events = self._engine.submit(
             request_id=admitted.request_id,
             prompt_token_ids=admitted.prompt_token_ids,
@@ -158,13 +187,37 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             tenant=tenant,
             deadline=call.deadline,
         )
+        # its end frees the request in the engine at once, whatever ended it here
+        await self._send(answer, _read(events, answer), call, kind, admitted.request_id)
+
+    async def _follow(
+        self, session: Session, call: _Call, kind: type[Response], received: Received
+    ) -> None:
+        """A request that outlives its call."""
+        header = session.header
+        answer = Answer(
+            self._texts, header.params, header.prompt_token_ids, lambda index: None, received
+        )
+        with self._sessions.reading(session) as events:
+            reading = _read(events, answer, at_ease=True)
+            await self._send(answer, reading, call, kind, header.request_id)
+
+    async def _send(
+        self,
+        answer: Answer,
+        work: Coroutine[Any, Any, None],
+        call: _Call,
+        kind: type[Response],
+        request_id: str,
+    ) -> None:
+        """Write the answer while `work` folds events into it."""
+        call.answer = answer
         self._answers.add(answer)
         self._idle.clear()
-        reading = asyncio.create_task(_read(events, answer))
+        reading = asyncio.create_task(work)
         try:
-            await self._write(answer, call, kind, admitted.request_id)
+            await self._write(answer, call, kind, request_id)
         finally:
-            # ends the request in the engine at once, whatever ended it here
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             self._answers.discard(answer)
@@ -262,15 +315,25 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
                 answer.fail(Unavailable("the server is shutting down"))
 
     def close(self) -> None:
-        """Release the threads."""
+        """Release the threads. What outlives its call waits in the journal for the next process."""
+        self._sessions.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Call:
-    """The books of one call; times are of the monotonic clock."""
+    """The books of one call; times are of the monotonic clock. outlived: by a request that has an
+    id of its caller's, so that the caller may come back to it."""
 
-    def __init__(self, method: str, observer: Observer, reader: Reader, tenant: str) -> None:
-        self.reader, self.tenant = reader, tenant
+    def __init__(
+        self,
+        method: str,
+        observer: Observer,
+        reader: Reader,
+        tenant: str,
+        *,
+        outlived: bool = False,
+    ) -> None:
+        self.reader, self.tenant, self.outlived = reader, tenant, outlived
         self._observer = observer
         self._began = self._last = time.monotonic()
         self._any = False
@@ -300,15 +363,22 @@ class _Call:
 
     def end(self) -> None:
         """The call is over."""
-        tokens = self.answer.completion_tokens if self.answer is not None else 0
+        tokens = self.answer.new_tokens if self.answer is not None else 0
         seconds = time.monotonic() - self._began
         self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
 
 
-async def _read(events: AsyncIterator[list[TokenEvent]], answer: Answer) -> None:
-    """Fold in the engine's events until the answer is over; then, or when cancelled, close."""
+async def _read(
+    events: AsyncIterator[list[TokenEvent]], answer: Answer, *, at_ease: bool = False
+) -> None:
+    """Fold in events until the answer is over; then, or when cancelled, close.
+
+    at_ease: events wait where they are for a slow reader; else there is an end to its slowness.
+    """
     try:
         async for batch in events:
+            if at_ease:
+                await answer.room()
             answer.fold(batch)
             if answer.over:
                 return

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from phalanx.protos.v1 import types_pb2 as phalanx_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fphalanx/protos/v1/serving.proto\x12\nphalanx.v1\x1a\x1dphalanx/protos/v1/types.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.TokenIdsH\x00\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParamsB\x08\n\x06prompt\"\xc5\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"x\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.ChatMessage\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\"\xc1\x01\n\x0c\x43hatResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xb6\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\"\x18\n\x16GetClusterStateRequest\"^\n\x17GetClusterStateResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.phalanx.v1.ReplicaState\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r2\x99\x04\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.phalanx.v1.GenerateRequest\x1a\x1c.phalanx.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.phalanx.v1.ChatRequest\x1a\x18.phalanx.v1.ChatResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.phalanx.v1.TokenizeRequest\x1a\x1c.phalanx.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.phalanx.v1.DetokenizeRequest\x1a\x1e.phalanx.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.phalanx.v1.AbortRequest\x1a\x19.phalanx.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.phalanx.v1.GetModelInfoRequest\x1a .phalanx.v1.GetModelInfoResponse\x12Z\n\x0fGetClusterState\x12\".phalanx.v1.GetClusterStateRequest\x1a#.phalanx.v1.GetClusterStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fphalanx/protos/v1/serving.proto\x12\nphalanx.v1\x1a\x1dphalanx/protos/v1/types.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.TokenIdsH\x00\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParamsB\x08\n\x06prompt\"\xe1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\"x\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.ChatMessage\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\"\xdd\x01\n\x0c\x43hatResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\"R\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x19\n\x11next_prompt_index\x18\x03 \x01(\r\"\xdf\x01\n\x0eResumeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xb6\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\"\x18\n\x16GetClusterStateRequest\"^\n\x17GetClusterStateResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.phalanx.v1.ReplicaState\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r2\xdc\x04\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.phalanx.v1.GenerateRequest\x1a\x1c.phalanx.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.phalanx.v1.ChatRequest\x1a\x18.phalanx.v1.ChatResponse0\x01\x12\x41\n\x06Resume\x12\x19.phalanx.v1.ResumeRequest\x1a\x1a.phalanx.v1.ResumeResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.phalanx.v1.TokenizeRequest\x1a\x1c.phalanx.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.phalanx.v1.DetokenizeRequest\x1a\x1e.phalanx.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.phalanx.v1.AbortRequest\x1a\x19.phalanx.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.phalanx.v1.GetModelInfoRequest\x1a .phalanx.v1.GetModelInfoResponse\x12Z\n\x0fGetClusterState\x12\".phalanx.v1.GetClusterStateRequest\x1a#.phalanx.v1.GetClusterStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,31 +37,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=104
   _globals['_GENERATEREQUEST']._serialized_end=254
   _globals['_GENERATERESPONSE']._serialized_start=257
-  _globals['_GENERATERESPONSE']._serialized_end=454
-  _globals['_CHATREQUEST']._serialized_start=456
-  _globals['_CHATREQUEST']._serialized_end=576
-  _globals['_CHATRESPONSE']._serialized_start=579
-  _globals['_CHATRESPONSE']._serialized_end=772
-  _globals['_TOKENIZEREQUEST']._serialized_start=774
-  _globals['_TOKENIZEREQUEST']._serialized_end=833
-  _globals['_TOKENIZERESPONSE']._serialized_start=835
-  _globals['_TOKENIZERESPONSE']._serialized_end=872
-  _globals['_DETOKENIZEREQUEST']._serialized_start=874
-  _globals['_DETOKENIZEREQUEST']._serialized_end=941
-  _globals['_DETOKENIZERESPONSE']._serialized_start=943
-  _globals['_DETOKENIZERESPONSE']._serialized_end=977
-  _globals['_ABORTREQUEST']._serialized_start=979
-  _globals['_ABORTREQUEST']._serialized_end=1013
-  _globals['_ABORTRESPONSE']._serialized_start=1015
-  _globals['_ABORTRESPONSE']._serialized_end=1030
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1032
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1053
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1056
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1238
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=1240
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=1264
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=1266
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=1360
-  _globals['_INFERENCESERVICE']._serialized_start=1363
-  _globals['_INFERENCESERVICE']._serialized_end=1900
+  _globals['_GENERATERESPONSE']._serialized_end=482
+  _globals['_CHATREQUEST']._serialized_start=484
+  _globals['_CHATREQUEST']._serialized_end=604
+  _globals['_CHATRESPONSE']._serialized_start=607
+  _globals['_CHATRESPONSE']._serialized_end=828
+  _globals['_RESUMEREQUEST']._serialized_start=830
+  _globals['_RESUMEREQUEST']._serialized_end=912
+  _globals['_RESUMERESPONSE']._serialized_start=915
+  _globals['_RESUMERESPONSE']._serialized_end=1138
+  _globals['_TOKENIZEREQUEST']._serialized_start=1140
+  _globals['_TOKENIZEREQUEST']._serialized_end=1199
+  _globals['_TOKENIZERESPONSE']._serialized_start=1201
+  _globals['_TOKENIZERESPONSE']._serialized_end=1238
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1240
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1307
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1309
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1343
+  _globals['_ABORTREQUEST']._serialized_start=1345
+  _globals['_ABORTREQUEST']._serialized_end=1379
+  _globals['_ABORTRESPONSE']._serialized_start=1381
+  _globals['_ABORTRESPONSE']._serialized_end=1396
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1398
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1419
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1422
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1604
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=1606
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=1630
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=1632
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=1726
+  _globals['_INFERENCESERVICE']._serialized_start=1729
+  _globals['_INFERENCESERVICE']._serialized_end=2333
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,11 @@ class InferenceServiceStub(object):
                 request_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatRequest.SerializeToString,
                 response_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/phalanx.v1.InferenceService/Resume',
+                request_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/phalanx.v1.InferenceService/Tokenize',
                 request_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.TokenizeRequest.SerializeToString,
@@ -83,6 +88,14 @@ class InferenceServiceServicer(object):
 
     def Chat(self, request, context):
         """Answer a conversation, rendered with the model's own template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Go on reading a request of Generate or Chat that was sent with a request_id: first what has
+        come already, then what comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +144,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatRequest.FromString,
                     response_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeRequest.FromString,
+                    response_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -212,6 +230,33 @@ class InferenceService(object):
             '/phalanx.v1.InferenceService/Chat',
             phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatRequest.SerializeToString,
             phalanx_dot_protos_dot_v1_dot_serving__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/phalanx.v1.InferenceService/Resume',
+            phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeRequest.SerializeToString,
+            phalanx_dot_protos_dot_v1_dot_serving__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

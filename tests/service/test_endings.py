@@ -264,22 +264,6 @@ def test_abort_ends_the_stream_with_its_own_reason(serve: Any) -> None:
     asyncio.run(main())
 
 
-def test_a_live_id_is_taken_and_then_free_again(serve: Any, eventually: Any) -> None:
-    async def main() -> None:
-        async with serve(endless) as served:
-            stream = served.client.generate("a", request_id="mine")
-            await anext(stream)
-            with pytest.raises(AlreadyExists):
-                await served.client.complete("a", request_id="mine")
-            await stream.aclose()
-            await eventually(lambda: not served.engine.live)
-            again = served.client.generate("a", request_id="mine")
-            await anext(again)
-            await again.aclose()
-
-    asyncio.run(main())
-
-
 def test_a_slow_reader_gets_fewer_and_larger_messages(serve: Any) -> None:
     """Everything arrives, in order, merged; nobody waits for the reader."""
     count = 60_000

@@ -20,6 +20,7 @@ METHODS = (
     "Tokenize",
     "Detokenize",
     "Abort",
+    "Resume",
     "GetModelInfo",
     "GetClusterState",
 )
@@ -90,8 +91,10 @@ def test_bent_messages(serve: Any, say: Any) -> None:
             grpc.aio.insecure_channel(served.address) as channel,
         ):
             refused = 0
-            for _ in range(100):
+            for turn in range(100):
                 for method, message in good.items():
+                    if hasattr(message, "request_id"):
+                        message.request_id = f"{method}-{turn}"
                     data = bend(message.SerializeToString())
                     code, text = await send(channel, method, data)
                     assert code in FINE, (method, data, code, text)

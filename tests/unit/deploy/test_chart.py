@@ -25,6 +25,7 @@ MADE_BY_CHART = {
     "token_file",
     "insecure",
     "ray_address",
+    "journal",
 }
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 

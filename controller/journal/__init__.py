@@ -1,0 +1,1 @@
+"""What has been accepted and said, kept so that a killed controller loses nothing."""
