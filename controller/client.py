@@ -3,81 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
-from phalanx.protos.errors import ConfigError, DeadlineExceeded, PhalanxError, ResourceExhausted
-from phalanx.protos.limits import MAX_MESSAGE_BYTES
-from phalanx.protos.status import decode
-from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+from phalanx.protos.errors import DeadlineExceeded
+from phalanx.protos.v1 import serving_pb2
 
 from .completion import Collector, Completion
+from .connection import Connection, typed
 from .messages import Messages, Prompt, chat_request, generate_request
+from .resuming import Resuming
 
 POLL_S = 0.1
-OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
 
 
-def _typed(error: grpc.RpcError) -> PhalanxError:
-    """The typed error of a failed call."""
-    call: Any = error
-    trailers = [(key, value) for key, value in call.trailing_metadata() or ()]
-    return decode(call.code(), call.details() or "", trailers)
-
-
-def _stub(channel: Any) -> Any:
-    return serving_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-
-
-class _Connection:
-    """How to reach a server: what both clients are told, and their channel."""
-
-    _library: ClassVar[Any]
-    """`grpc` or `grpc.aio`."""
-
-    def __init__(
-        self,
-        address: str,
-        *,
-        token: str | None = None,
-        root_certificates: bytes | None = None,
-        certificate: bytes | None = None,
-        private_key: bytes | None = None,
-        server_name: str | None = None,
-        timeout: float | None = None,
-        retries: int = 0,
-    ) -> None:
-        self.address, self.timeout, self.retries = address, timeout, retries
-        if token is not None and not re.fullmatch(r"[!-~]+", token):
-            raise ConfigError("token: allowed are printable ASCII characters without spaces")
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        options: list[tuple[str, Any]] = list(OPTIONS)
-        if server_name is not None:
-            options.append(("grpc.ssl_target_name_override", server_name))
-        if root_certificates is None and certificate is None:
-            self._channel = self._library.insecure_channel(address, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates, private_key, certificate)
-            self._channel = self._library.secure_channel(address, credentials, options)
-        self._stub = _stub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
-        self._calls: set[Any] = set()
-        """Open streams of an asyncio client."""
-
-    def _call_options(self) -> dict[str, Any]:
-        return {"timeout": self.timeout, "metadata": self._metadata}
-
-
-class Client(_Connection):
+class Client(Connection):
     """A blocking client, safe to share between threads. Use it with `with`, or `close` it.
 
     Every method raises a `PhalanxError` of the server's kind. `params` are the fields of the
@@ -88,7 +34,9 @@ class Client(_Connection):
     mutual TLS. server_name: the name in the server's certificate when it is not the address's.
     timeout: seconds that each call may take, streams included. retries: how often a request that is
     refused with `ResourceExhausted` is sent again, after the time that the server names; a stream
-    is never repeated once a message has come.
+    is never repeated once a message has come. reconnect_s: a stream whose connection breaks, or
+    whose server ends, is resumed where it stood, and the iterator just goes on; `StreamLost` says
+    that so many seconds of trying were in vain; 0: do not resume.
     """
 
     _library: ClassVar[Any] = grpc
@@ -100,13 +48,13 @@ class Client(_Connection):
 
         Closing the iterator cancels the request.
         """
-        return self._messages(self._stub.Generate, generate_request(prompt, request_id, params))
+        return self._messages(self._resuming(generate_request(prompt, request_id, params)))
 
     def chat(
         self, messages: Messages, *, request_id: str = "", **params: Any
     ) -> Iterator[serving_pb2.ChatResponse]:
         """Answer a conversation, `{"role", "content"}` each; a text is one user's message."""
-        return self._messages(self._stub.Chat, chat_request(messages, request_id, params))
+        return self._messages(self._resuming(chat_request(messages, request_id, params)))
 
     def complete(self, prompt: Prompt, *, request_id: str = "", **params: Any) -> Completion:
         """The whole continuation."""
@@ -166,6 +114,10 @@ class Client(_Connection):
 
     def close(self) -> None:
         """Cancel what runs and close the connection."""
+        with self._lock:
+            streams = list(self._calls.values())
+        for stream in streams:
+            self._abandon(stream)
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -184,35 +136,44 @@ class Client(_Connection):
             answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError:
             return False
+        self._met = True
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _unary(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, **self._call_options())
+            answer = method(request, **self._call_options())
         except grpc.RpcError as error:
-            raise _typed(error) from None
+            raise typed(error) from None
+        self._met = True
+        return answer
 
-    def _messages(self, method: Any, request: Any) -> Iterator[Any]:
-        left = self.retries
+    def _messages(self, stream: Resuming) -> Iterator[Any]:
         while True:
-            call = method(request, **self._call_options())
-            begun = False
+            call = self._begin(stream)
             try:
                 for message in call:
-                    begun = True
-                    yield message
+                    self._met = True
+                    if (new := stream.take(message)) is not None:
+                        yield new
                 return
             except grpc.RpcError as error:
-                typed = _typed(error)
-                if begun or not left or not isinstance(typed, ResourceExhausted):
-                    raise typed from None
-                left -= 1
-                time.sleep(typed.retry_after_s)
+                wait = stream.failed(typed(error))
+            except (GeneratorExit, KeyboardInterrupt):
+                self._end(call)
+                self._abandon(stream)
+                raise
             finally:
-                call.cancel()
+                self._end(call)
+            time.sleep(wait)
+
+    def _abandon(self, stream: Resuming) -> None:
+        if stream.lives_on:
+            request, options = self._leave(stream)
+            with contextlib.suppress(grpc.RpcError, ValueError):  # closed, or unknown by now
+                self._stub.Abort(request, **options)
 
 
-class AsyncClient(_Connection):
+class AsyncClient(Connection):
     """`Client` for asyncio: the same methods, awaited or iterated with `async for`.
 
     Create and use it on one running event loop, with `async with`, or `await close()`.
@@ -224,13 +185,13 @@ class AsyncClient(_Connection):
         self, prompt: Prompt, *, request_id: str = "", **params: Any
     ) -> AsyncIterator[serving_pb2.GenerateResponse]:
         """See `Client.generate`."""
-        return self._messages(self._stub.Generate, generate_request(prompt, request_id, params))
+        return self._messages(self._resuming(generate_request(prompt, request_id, params)))
 
     def chat(
         self, messages: Messages, *, request_id: str = "", **params: Any
     ) -> AsyncIterator[serving_pb2.ChatResponse]:
         """See `Client.chat`."""
-        return self._messages(self._stub.Chat, chat_request(messages, request_id, params))
+        return self._messages(self._resuming(chat_request(messages, request_id, params)))
 
     async def complete(self, prompt: Prompt, *, request_id: str = "", **params: Any) -> Completion:
         """See `Client.complete`."""
@@ -292,7 +253,9 @@ class AsyncClient(_Connection):
 
     async def close(self) -> None:
         """Cancel what runs and close the connection."""
-        for call in self._calls:  # the channel forgets those that nobody waits for just now
+        streams = list(self._calls.items())
+        await asyncio.gather(*(self._abandon(stream) for _, stream in streams))
+        for call, _ in streams:  # the channel forgets those that nobody waits for just now
             call.cancel()
         await self._channel.close()
 
@@ -312,31 +275,38 @@ class AsyncClient(_Connection):
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError:
             return False
+        self._met = True
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def _unary(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, **self._call_options())
+            answer = await method(request, **self._call_options())
         except grpc.RpcError as error:
-            raise _typed(error) from None
+            raise typed(error) from None
+        self._met = True
+        return answer
 
-    async def _messages(self, method: Any, request: Any) -> AsyncIterator[Any]:
-        left = self.retries
+    async def _messages(self, stream: Resuming) -> AsyncIterator[Any]:
         while True:
-            call = method(request, **self._call_options())
-            self._calls.add(call)
-            begun = False
+            call = self._begin(stream)
             try:
                 async for message in call:
-                    begun = True
-                    yield message
+                    self._met = True
+                    if (new := stream.take(message)) is not None:
+                        yield new
                 return
             except grpc.RpcError as error:
-                typed = _typed(error)
-                if begun or not left or not isinstance(typed, ResourceExhausted):
-                    raise typed from None
-                left -= 1
-                await asyncio.sleep(typed.retry_after_s)
+                wait = stream.failed(typed(error))
+            except (GeneratorExit, asyncio.CancelledError):
+                self._end(call)
+                await self._abandon(stream)
+                raise
             finally:
-                call.cancel()
-                self._calls.discard(call)
+                self._end(call)
+            await asyncio.sleep(wait)
+
+    async def _abandon(self, stream: Resuming) -> None:
+        if stream.lives_on:
+            request, options = self._leave(stream)
+            with contextlib.suppress(grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError):
+                await self._stub.Abort(request, **options)

@@ -266,9 +266,10 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self, request: serving_pb2.AbortRequest, context: Any
     ) -> serving_pb2.AbortResponse:
         """End the caller's own request."""
-        request_id = self._admission.abort(request)
-        if not self._engine.abort(request_id, self.identify(context)):
+        request_id, tenant = self._admission.abort(request), self.identify(context)
+        if not self._engine.abort(request_id, tenant):
             raise NotFound(f"request_id {request_id!r}: no such request is running")
+        self._sessions.abort(request_id, tenant)
         return serving_pb2.AbortResponse()
 
     async def GetModelInfo(

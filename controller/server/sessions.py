@@ -79,6 +79,8 @@ class Session:
         """Whether the log holds the end of every sample."""
         self.error: PhalanxError | None = None
         """Why its readers get no more; it is no part of the log."""
+        self.deadline: float | None = None
+        """In seconds of `time.monotonic()`."""
         self.readers = 0
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
@@ -239,6 +241,12 @@ class Sessions:
             raise NotFound(f"request_id {request_id!r}: no such request is kept")
         return session
 
+    def abort(self, request_id: str, tenant: str) -> None:
+        """End the tenant's session of this id at once, if there is one."""
+        session = self._live.get((tenant, request_id))
+        if session is not None and not session.ended:
+            self._abort(session, FinishReason.ABORT)
+
     def recover(self) -> int:
         """Go on with what an earlier process has left; returns how many requests that are."""
         now, count = time.time(), 0
@@ -286,6 +294,7 @@ class Sessions:
 
     def _follow(self, session: Session, deadline: float | None, *, again: bool) -> None:
         self._live[session.key] = session
+        session.deadline = deadline
         session.task = asyncio.create_task(self._run(session, deadline, again))
 
     async def _run(self, session: Session, deadline: float | None, again: bool) -> None:
@@ -344,13 +353,19 @@ class Sessions:
     def _await_readers(self, session: Session) -> None:
         if not session.readers and not session.ended and self._live.get(session.key) is session:
             loop = asyncio.get_running_loop()
-            session.timer = loop.call_later(self._grace_s, self._expire, session)
+            wait = self._grace_s
+            if session.deadline is not None:
+                wait = min(wait, max(session.deadline - time.monotonic(), 0.0))
+            session.timer = loop.call_later(wait, self._expire, session)
 
     def _expire(self, session: Session) -> None:
-        """Nobody came back."""
-        if session.readers or session.ended:
-            return
-        self._take(session, session.ends(FinishReason.ABORT, None))
+        """Nobody came back, or not in time."""
+        if not session.readers and not session.ended:
+            late = session.deadline is not None and time.monotonic() >= session.deadline
+            self._abort(session, FinishReason.DEADLINE if late else FinishReason.ABORT)
+
+    def _abort(self, session: Session, reason: FinishReason) -> None:
+        self._take(session, session.ends(reason, None))
         if session.task is not None:
             session.task.cancel()
 

@@ -259,7 +259,7 @@ def serve(served_model: ServedModel) -> Callable[..., Any]:
         await host.start()
         try:
             async with AsyncClient(
-                host.address, token=token, timeout=30, **(client or {})
+                host.address, token=token, timeout=30, **({"reconnect_s": 0.0} | (client or {}))
             ) as connected:
                 yield Served(engine, books, host, made, connected)
         finally:
