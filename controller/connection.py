@@ -16,7 +16,7 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .resuming import Resuming
 
-RECONNECT_S = 60.0
+RECONNECT_S = 300.0
 LEAVE_S = 2.0
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import threading
 
 import msgspec
 import ray
@@ -16,6 +17,8 @@ from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.wire import Hello
 
 from .machine import cpu_count, fast_bfloat16, interface_of, memory_available, shared_memory_works
+
+LINGER_S = 10.0
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,4 +93,15 @@ class RankActor:
         def build(spec: WorkerSpec) -> object:
             return build_engine(spec, self._rank, rendezvous, self._listener)
 
-        serve_rank(address, hello, build)  # type: ignore[arg-type]
+        try:
+            serve_rank(address, hello, build, _end)  # type: ignore[arg-type]
+        finally:
+            # nothing more will be asked of this process; usually Ray has ended it by then
+            timer = threading.Timer(LINGER_S, _end)
+            timer.daemon = True
+            timer.start()
+
+
+def _end() -> None:
+    """End this process whatever its other threads wait for."""
+    os._exit(1)

@@ -26,14 +26,18 @@ from .engine import Engine
 
 PROGRESS_MESSAGES = 100
 """About how many progress messages a rank sends while loading."""
+ORPHAN_S = 2.0
+"""For a rank to notice that its step loop is gone, before something is done about it."""
 
 
 class Voice:
     """What a rank says to the step loop. Frames of its two threads do not mix."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, on_orphaned: Callable[[], None]) -> None:
+        """on_orphaned: called on the beating thread when nobody listens any more and the other
+        thread does not find out, because it waits for its peers."""
         self._connection, self._lock = connection, threading.Lock()
-        self._over = threading.Event()
+        self._over, self._on_orphaned = threading.Event(), on_orphaned
 
     def say(self, message: FromRank) -> None:
         """Send one frame. Raises `GroupLost` when the step loop is gone."""
@@ -56,22 +60,25 @@ class Voice:
             while not self._over.wait(BEAT_S):
                 self.say(Beat())
         except GroupLost:
-            return  # the other thread finds that out as well
+            # the other thread finds that out as well, unless it hangs
+            if not self._over.wait(ORPHAN_S):
+                self._on_orphaned()
 
 
 def serve_rank(
     address: tuple[str, int],
     hello: Hello,
     build: Callable[[WorkerSpec], Engine],
+    on_orphaned: Callable[[], None] = lambda: None,
 ) -> None:
     """Connect to the step loop at `address` and serve it until it says `Stop`.
 
     `build` makes the engine from its spec (group, threads and kernels are its business). An
-    error is told to the step loop before it is raised here.
+    error is told to the step loop before it is raised here. on_orphaned: see `Voice`.
     """
     with socket.create_connection(address) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        voice = Voice(connection)
+        voice = Voice(connection, on_orphaned)
         try:
             voice.say(hello)
             _serve(connection, voice, hello.rank, build)

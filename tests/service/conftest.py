@@ -63,6 +63,8 @@ class Submission:
     params: SamplingParams
     tenant: str
     deadline: float | None
+    known: dict[int, tuple[int, ...]] | None = None
+    """Tokens of samples that an earlier process has begun."""
     stopped: list[int] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -167,6 +169,7 @@ class Served:
     host: GrpcHost
     service: InferenceService
     client: AsyncClient
+    recovered: int = 0
 
     @property
     def address(self) -> str:
