@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from phalanx.protos.errors import ConfigError
+from phalanx.protos.errors import ConfigError, JournalLost
 
 from .cluster.ray_fleet import RayCluster
 from .cluster.sizing import plan_unplaced
@@ -90,7 +90,10 @@ async def start_cluster(
             journal=journal,
             grace_s=config.resume_grace_s,
         )
-        metrics.on_recovered(service.recover())
+        recovered = service.recover()
+        metrics.on_recovered(recovered)
+        if recovered and progress is not None:
+            progress.print(f"took up {recovered} unfinished requests from the journal")
         openai = None if config.openai_port is None else await _start_openai(config, service, stack)
         host = await _start_host(config, service, stack)
         page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
@@ -193,10 +196,16 @@ async def _watch(
     journal: DurableJournal | MemoryJournal,
 ) -> None:
     """Keep replicas there, and the gauges up to date."""
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(journal.watch())
-        tasks.create_task(supervisor.run())
-        tasks.create_task(_publish(engine, metrics))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(journal.watch())
+            tasks.create_task(supervisor.run())
+            tasks.create_task(_publish(engine, metrics))
+    except BaseExceptionGroup as group:
+        for error in group.exceptions:
+            if isinstance(error, JournalLost):
+                raise error from None
+        raise
 
 
 async def _publish(engine: AsyncEngine, metrics: Metrics) -> None:

@@ -135,6 +135,28 @@ def test_two_releases_share_a_namespace(template: Any, load: Any) -> None:
     assert not names[0] & names[1]
 
 
+def test_a_journal_lies_on_its_volume(
+    template: Any, load: Any, check_schema: Any, tmp_path: Path
+) -> None:
+    made = template("--set", "journalVolume.emptyDir.sizeLimit=2Gi")
+    assert made.returncode == 0, made.stderr
+    objects = load(made.stdout)
+    for item in objects:
+        check_schema(item)
+    [deployment] = [item for item in objects if item["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    [volume] = [item for item in pod["volumes"] if item["name"] == "journal"]
+    assert volume["emptyDir"] == {"sizeLimit": "2Gi"}
+    [mount] = [item for item in pod["containers"][0]["volumeMounts"] if item["name"] == "journal"]
+    [text] = [
+        item["data"]["config.toml"] for item in objects if "config.toml" in item.get("data", {})
+    ]
+    file = tmp_path / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    # a folder of its own inside, since a volume's mode is the kubelet's
+    assert Path(str(load_config(file, {}).journal)).parent == Path(mount["mountPath"])
+
+
 def test_schema_knows_every_field_of_the_configuration(deploy: Path) -> None:
     schema = json.loads((deploy / "helm/phalanx/values.schema.json").read_text(encoding="utf-8"))
     config = schema["properties"]["config"]
