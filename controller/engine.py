@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
 from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, Unavailable
 from phalanx.protos.sampling import SamplingParams

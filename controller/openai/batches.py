@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from phalanx.controller.server.answer import Response
-from phalanx.controller.server.service import Reader
+from phalanx.controller.server.books import Reader
 from phalanx.protos.errors import InvalidArgument
 
 from .requests import Asked

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from phalanx.controller.journal.memory import MemoryJournal
 from phalanx.controller.model import ServedModel
@@ -26,6 +25,7 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .admission import Admission, Admitted
 from .answer import SLOW_RETRY_S, Answer, Received, Response
+from .books import Call, Reader
 from .convert import cluster_state, unknown_fields
 from .engine import Engine, Observer
 from .security import DEFAULT_TENANT
@@ -34,23 +34,12 @@ from .tokens import TokenTexts
 
 INLINE_BYTES = 4096
 THREADS = 2
-CLOCK_SLACK_S = 0.1
 
 Value = TypeVar("Value")
 
 
 def _anyone(context: Any) -> str:
     return DEFAULT_TENANT
-
-
-class Reader(Protocol):
-    """Whom a stream goes to: a gRPC call's context, or what another front has in its place."""
-
-    def time_remaining(self) -> float | None:
-        """Seconds that the caller still waits; None for as long as it takes."""
-
-    async def write(self, message: Any) -> None:
-        """Send a message; returns when there is room for the next one."""
 
 
 class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
@@ -100,17 +89,17 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: serving_pb2.GenerateRequest, context: Any) -> None:
         """Continue a prompt."""
-        call = _Call("Generate", self._observer, context, self.identify(context), outlived=True)
+        call = Call("Generate", self._observer, context, self.identify(context), outlived=True)
         await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def Chat(self, request: serving_pb2.ChatRequest, context: Any) -> None:
         """Answer a conversation."""
-        call = _Call("Chat", self._observer, context, self.identify(context), outlived=True)
+        call = Call("Chat", self._observer, context, self.identify(context), outlived=True)
         await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
 
     async def Resume(self, request: serving_pb2.ResumeRequest, context: Any) -> None:
         """Go on reading a request."""
-        call = _Call("Resume", self._observer, context, self.identify(context))
+        call = Call("Resume", self._observer, context, self.identify(context))
         async with self._booked(call):
             self._admission.resume(request)
             session = self._sessions.find(request.request_id, call.tenant)
@@ -130,16 +119,16 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Write the `GenerateResponse`s of a request to `reader`. Cancelling this frees all that
         the request holds, at once."""
-        call = _Call("Generate", self._observer, reader, tenant)
+        call = Call("Generate", self._observer, reader, tenant)
         await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def chat(self, request: serving_pb2.ChatRequest, reader: Reader, tenant: str) -> None:
         """The same for a conversation and its `ChatResponse`s."""
-        call = _Call("Chat", self._observer, reader, tenant)
+        call = Call("Chat", self._observer, reader, tenant)
         await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
 
     async def _stream(
-        self, call: _Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
+        self, call: Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
     ) -> None:
         """One request from its arrival to its end."""
         async with self._booked(call):
@@ -153,7 +142,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
                 await self._answer(admitted, call, kind)
 
     @contextlib.asynccontextmanager
-    async def _booked(self, call: _Call) -> AsyncIterator[None]:
+    async def _booked(self, call: Call) -> AsyncIterator[None]:
         """A call's entry in the books, however it ends."""
         try:
             self._check_open()
@@ -171,7 +160,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         if self._draining:
             raise Unavailable("the server is shutting down")
 
-    async def _answer(self, admitted: Admitted, call: _Call, kind: type[Response]) -> None:
+    async def _answer(self, admitted: Admitted, call: Call, kind: type[Response]) -> None:
         """A request that lives as long as its call."""
         tenant = call.tenant
         answer = Answer(
@@ -191,7 +180,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         await self._send(answer, _read(events, answer), call, kind, admitted.request_id)
 
     async def _follow(
-        self, session: Session, call: _Call, kind: type[Response], received: Received
+        self, session: Session, call: Call, kind: type[Response], received: Received
     ) -> None:
         """A request that outlives its call."""
         header = session.header
@@ -206,7 +195,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self,
         answer: Answer,
         work: Coroutine[Any, Any, None],
-        call: _Call,
+        call: Call,
         kind: type[Response],
         request_id: str,
     ) -> None:
@@ -228,7 +217,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         call.outcome = answer.outcome
 
     async def _write(
-        self, answer: Answer, call: _Call, kind: type[Response], request_id: str
+        self, answer: Answer, call: Call, kind: type[Response], request_id: str
     ) -> None:
         """Send what there is until the answer is over. What comes in meanwhile is sent together."""
         while True:
@@ -319,54 +308,6 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """Release the threads. What outlives its call waits in the journal for the next process."""
         self._sessions.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class _Call:
-    """The books of one call; times are of the monotonic clock. outlived: by a request that has an
-    id of its caller's, so that the caller may come back to it."""
-
-    def __init__(
-        self,
-        method: str,
-        observer: Observer,
-        reader: Reader,
-        tenant: str,
-        *,
-        outlived: bool = False,
-    ) -> None:
-        self.reader, self.tenant, self.outlived = reader, tenant, outlived
-        self._observer = observer
-        self._began = self._last = time.monotonic()
-        self._any = False
-        left = reader.time_remaining()
-        self.deadline = None if left is None else self._began + left
-        self.prompt_tokens = 0
-        self.answer: Answer | None = None
-        self.outcome = "error"
-        observer.on_start(method)
-
-    @property
-    def late(self) -> bool:
-        """Whether the caller's deadline has passed; its own clock may be a little ahead."""
-        return self.deadline is not None and time.monotonic() >= self.deadline - CLOCK_SLACK_S
-
-    def sent(self, message: Response) -> None:
-        """A message left."""
-        count = sum(len(sample.token_ids) for sample in message.samples)
-        if not count:
-            return
-        now = time.monotonic()
-        if self._any:
-            self._observer.on_tokens(count, now - self._last)
-        else:
-            self._observer.on_first_token(now - self._began)
-        self._any, self._last = True, now
-
-    def end(self) -> None:
-        """The call is over."""
-        tokens = self.answer.new_tokens if self.answer is not None else 0
-        seconds = time.monotonic() - self._began
-        self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
 
 
 async def _read(

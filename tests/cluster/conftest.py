@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "kv_tokens": 8192,
     "max_tokens_per_step": 128,
     "log_level": "warning",
+    "resume_grace_s": 2.0,  # clients that are killed do not come back
 }
 
 

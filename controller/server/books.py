@@ -1,0 +1,69 @@
+"""What is written down of every call."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from .answer import Answer, Response
+from .engine import Observer
+
+CLOCK_SLACK_S = 0.1
+
+
+class Reader(Protocol):
+    """Whom a stream goes to: a gRPC call's context, or what another front has in its place."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds that the caller still waits; None for as long as it takes."""
+
+    async def write(self, message: Any) -> None:
+        """Send a message; returns when there is room for the next one."""
+
+
+class Call:
+    """The books of one call; times are of the monotonic clock. outlived: by a request that has an
+    id of its caller's, so that the caller may come back to it."""
+
+    def __init__(
+        self,
+        method: str,
+        observer: Observer,
+        reader: Reader,
+        tenant: str,
+        *,
+        outlived: bool = False,
+    ) -> None:
+        self.reader, self.tenant, self.outlived = reader, tenant, outlived
+        self._observer = observer
+        self._began = self._last = time.monotonic()
+        self._any = False
+        left = reader.time_remaining()
+        self.deadline = None if left is None else self._began + left
+        self.prompt_tokens = 0
+        self.answer: Answer | None = None
+        self.outcome = "error"
+        observer.on_start(method)
+
+    @property
+    def late(self) -> bool:
+        """Whether the caller's deadline has passed; its own clock may be a little ahead."""
+        return self.deadline is not None and time.monotonic() >= self.deadline - CLOCK_SLACK_S
+
+    def sent(self, message: Response) -> None:
+        """A message left."""
+        count = sum(len(sample.token_ids) for sample in message.samples)
+        if not count:
+            return
+        now = time.monotonic()
+        if self._any:
+            self._observer.on_tokens(count, now - self._last)
+        else:
+            self._observer.on_first_token(now - self._began)
+        self._any, self._last = True, now
+
+    def end(self) -> None:
+        """The call is over."""
+        tokens = self.answer.new_tokens if self.answer is not None else 0
+        seconds = time.monotonic() - self._began
+        self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
