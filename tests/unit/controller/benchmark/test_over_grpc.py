@@ -26,9 +26,9 @@ class Servicer(serving_pb2_grpc.InferenceServiceServicer):  # type: ignore[misc]
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         left = request.params.max_tokens
         while left:
-            count = min(2, left)
+            count, first = min(2, left), request.params.max_tokens - left
             left -= count
-            sample = types_pb2.SampleDelta(token_ids=[9] * count)
+            sample = types_pb2.SampleDelta(token_ids=[9] * count, first_token_index=first)
             if not left:
                 sample.finish_reason = types_pb2.FINISH_REASON_LENGTH
             yield serving_pb2.GenerateResponse(samples=[sample])
