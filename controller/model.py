@@ -21,6 +21,7 @@ from phalanx.workers.checkpoint.source import (
 )
 from phalanx.workers.models.families import FAMILIES, FamilyRecord
 from phalanx.workers.models.registry import describe, tensor_shapes
+from phalanx.workers.models.verified import Features, document, verified
 
 from .tokenizer import MAX_TEMPLATE_CHARS, LoadedTokenizer, from_gguf, from_json
 
@@ -33,7 +34,7 @@ class ServedModel:
     """All that the controller knows of a model.
 
     `checkpoint` is an absolute path. `special_tokens` maps roles ("bos_token") to texts, for the
-    chat template. `max_context` (tokens) is what is served, at most `spec.max_context`.
+    chat template. `max_context` (tokens) is what is served.
     """
 
     name: str
@@ -62,10 +63,12 @@ def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedMo
     else:
         loaded = _folder_tokenizer(checkpoint, spec.vocab_size)
     _check_vocabulary(loaded, spec)
-    if max_context is not None and not 1 <= max_context <= spec.max_context:
-        raise ConfigError(f"max_context is {max_context}, allowed are 1 to {spec.max_context}")
-    if max_context is not None and spec.rope is not None and spec.rope.scaling == "longrope":
-        # which of its factors hold depends on the length that is served
+    longest = spec.longest_context
+    if max_context is not None and not 1 <= max_context <= longest:
+        raise ConfigError(f"max_context is {max_context}, allowed are 1 to {longest}")
+    scaling = spec.rope.scaling if spec.rope is not None else "default"
+    if max_context is not None and scaling in ("longrope", "dynamic"):
+        # their frequencies depend on the length that is served
         spec = msgspec.structs.replace(spec, max_context=max_context)
     return ServedModel(
         name=name_or_path if known else path.stem if path.is_file() else path.name,
@@ -79,9 +82,15 @@ def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedMo
     )
 
 
-def known_families() -> dict[str, FamilyRecord]:
-    """Family name to what is known of it."""
-    return dict(FAMILIES)
+def known_families() -> dict[str, tuple[FamilyRecord, Features]]:
+    """Family name to what is known of it, and what the parity tests verified."""
+    found = verified()
+    return {name: (record, found[name]) for name, record in FAMILIES.items()}
+
+
+def families_document() -> str:
+    """What was verified, as Markdown."""
+    return "\n".join(document())
 
 
 def find_smollm2() -> Path:

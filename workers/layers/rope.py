@@ -13,12 +13,12 @@ from phalanx.protos.specs import RopeSpec
 def inverse_frequencies(spec: RopeSpec, max_context: int | None = None) -> Tensor:
     """Radians per position of each rotated pair, float32 [rotary_dim / 2] (Su 2021, eq. 15).
 
-    `max_context` is the length that is served, for the rules that depend on it. Dynamic NTK
-    scaling begins beyond the length that the model was made for, which is the longest served;
-    within it, nothing is scaled.
+    `max_context` is the length that is served. LongRoPE and dynamic NTK scaling depend on the
+    length; they take this one for all sequences, so that a cached key stays valid.
     """
     exponent = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
-    frequencies = 1.0 / (spec.theta**exponent)
+    theta = _dynamic_theta(spec, max_context) if spec.scaling == "dynamic" else spec.theta
+    frequencies = 1.0 / (theta**exponent)
     if spec.scaling == "linear":
         return frequencies / spec.factor
     if spec.scaling == "llama3":
@@ -28,6 +28,14 @@ def inverse_frequencies(spec: RopeSpec, max_context: int | None = None) -> Tenso
     if spec.scaling == "longrope":
         return frequencies / torch.tensor(_longrope_factors(spec, max_context))
     return frequencies
+
+
+def _dynamic_theta(spec: RopeSpec, max_context: int | None) -> float:
+    """The base of NTK scaling for a length beyond the original one, within which it is kept."""
+    if max_context is None or max_context <= spec.original_max_position:
+        return spec.theta
+    stretch = spec.factor * max_context / spec.original_max_position - (spec.factor - 1)
+    return float(spec.theta * stretch ** (spec.rotary_dim / (spec.rotary_dim - 2)))
 
 
 def _llama3(frequencies: Tensor, spec: RopeSpec) -> Tensor:
@@ -59,7 +67,7 @@ def _yarn(frequencies: Tensor, spec: RopeSpec) -> Tensor:
 
 
 def _longrope_factors(spec: RopeSpec, max_context: int | None) -> tuple[float, ...]:
-    """One set for all lengths, so that a cached key stays valid: see the length that is served."""
+    """The long factors hold where more than the original context is served."""
     beyond = max_context is not None and max_context > spec.original_max_position
     return spec.long_factor if beyond else spec.short_factor
 

@@ -1,4 +1,4 @@
-"""Which families there are, and how far each was compared with `transformers`."""
+"""Which families of models there are."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyRecord:
-    """One family: the module that describes it, its architectures, and what runs.
+    """One family: the module that describes it, its architectures, and the kinds of checkpoints.
 
-    `verified` says what the parity tests cover, against transformers in float32 on random weights of
-    odd shapes, GGUF files at TP 1, 3 and 5; `limits`, what is refused or differs.
+    `limits` says what is refused or differs; what was verified stands in `verified.py`.
     """
 
     module: str
     models: str
     architectures: tuple[str, ...]
     kinds: tuple[str, ...] = ("safetensors",)
-    verified: str = "log-probabilities and greedy tokens at TP 1 to 8"
     limits: str = ""
 
 
@@ -62,7 +60,6 @@ FAMILIES = {
         models="Gemma 3, text",
         architectures=("Gemma3ForCausalLM",),
         kinds=_BOTH,
-        verified="log-probabilities and greedy tokens at TP 1 to 8; Gemma 3 270M as released",
         limits="no images",
     ),
     "phi3": FamilyRecord(
@@ -105,6 +102,12 @@ FAMILIES = {
     ),
     "starcoder2": FamilyRecord(
         module="starcoder2", models="StarCoder2", architectures=("Starcoder2ForCausalLM",)
+    ),
+    "chatglm": FamilyRecord(
+        module="chatglm",
+        models="ChatGLM2, ChatGLM3, GLM-4-9B as first released",
+        architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+        limits="needs a tokenizer.json beside it; not ChatGLM 1, not ChatGLM2-32K, no images",
     ),
     "glm": FamilyRecord(module="glm", models="GLM-4-9B", architectures=("GlmForCausalLM",)),
     "glm4": FamilyRecord(module="glm", models="GLM-4-0414", architectures=("Glm4ForCausalLM",)),

@@ -23,6 +23,7 @@ ROPE_FIELDS = {
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL),
 }
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+MAX_DYNAMIC_FACTOR = 1024
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -124,6 +125,17 @@ def _stretched(section: ConfigReader, *_: object) -> dict[str, Any]:
     return {"factor": section.number("factor")}
 
 
+def _dynamic(
+    section: ConfigReader, config: ConfigReader, max_context: int, rotary_dim: int
+) -> dict[str, Any]:
+    if rotary_dim < 4:
+        raise section.wrong("rope_type", "dynamic", "other rules where 2 elements are rotated")
+    factor = section.number("factor")
+    if not 1 <= factor <= MAX_DYNAMIC_FACTOR:
+        raise section.wrong("factor", factor, f"numbers from 1 to {MAX_DYNAMIC_FACTOR}")
+    return {"factor": factor, "original_max_position": max_context}
+
+
 def _original(section: ConfigReader, config: ConfigReader, max_context: int) -> int:
     # beside the section it wins over inside it, as in transformers
     return config.integer(_ORIGINAL, section.integer(_ORIGINAL, max_context, least=2), least=2)
@@ -190,7 +202,7 @@ def _longrope(
 
 _NUMBERS: dict[str, Callable[[ConfigReader, ConfigReader, int, int], dict[str, Any]]] = {
     "linear": _stretched,
-    "dynamic": _stretched,
+    "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

@@ -97,6 +97,16 @@ def test_longrope_takes_its_factors_by_the_length_that_is_served(folder: Path) -
     assert resolve_model(str(folder), 64).spec.max_context == 64
 
 
+def test_dynamic_scaling_is_served_beyond_the_original_context_when_asked(folder: Path) -> None:
+    edit(folder / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    model = resolve_model(str(folder))
+    assert model.max_context == model.spec.max_context == 256
+    longer = resolve_model(str(folder), 1024)
+    assert longer.max_context == longer.spec.max_context == 1024
+    with pytest.raises(ConfigError, match="max_context is 1025, allowed are 1 to 1024"):
+        resolve_model(str(folder), 1025)
+
+
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing: no such model"):
         resolve_model(str(tmp_path / "nothing"))

@@ -65,9 +65,12 @@ LATENT: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
 }
+CHATGLM: dict[str, Any] = {"multi_query_attention": True, "multi_query_group_num": 2}
 OTHERWISE: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"layer_types": None},
     "CodeGenForCausalLM": {"n_head": 4},
+    "ChatGLMModel": CHATGLM,
+    "ChatGLMForConditionalGeneration": CHATGLM,
     "DeepseekV2ForCausalLM": LATENT | {"topk_method": "group_limited_greedy"},
     "DeepseekV3ForCausalLM": LATENT | {"topk_method": "noaux_tc"},
 }
@@ -80,6 +83,7 @@ JUNK = [
     *(
         {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
         {"rope_type": "dynamic", "factor": 3},
+        {"rope_type": "dynamic", "factor": 1e307},
     ),
     *(
         {
@@ -108,6 +112,7 @@ FIELDS = [
     *("norm_topk_prob", "no_rope_layers", "no_rope_layer_interval", "embedding_multiplier"),
     *(*LATENT, "topk_method", "scoring_func", "moe_layer_freq", "rope_interleave"),
     *("residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale", "seq_length"),
+    *("rope_ratio", "kv_channels", "multi_query_attention", "multi_query_group_num", "rmsnorm"),
 ]
 
 
@@ -131,7 +136,8 @@ def check_spec(spec: DecoderSpec) -> None:
         assert tensor_shapes(spec, "safetensors")
     for rope in (spec.rope, spec.local_rope):
         if rope is not None and rope.rotary_dim < 1000:
-            assert not inverse_frequencies(rope, spec.max_context).isnan().any()
+            for length in (spec.max_context, spec.longest_context):
+                assert not inverse_frequencies(rope, length).isnan().any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

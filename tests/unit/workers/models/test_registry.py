@@ -103,7 +103,7 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("length", [100, 2048])
+@pytest.mark.parametrize("length", [100, 2048, 3 * 2048])
 @pytest.mark.parametrize("name", ROPES)
 def test_rope_agrees_with_transformers(name: str, length: int) -> None:
     """Frequencies and magnitudes computed from the spec equal those that transformers computes."""
@@ -124,6 +124,13 @@ def test_rope_agrees_with_transformers(name: str, length: int) -> None:
     table = RotaryTable(spec.rope, length, torch.float32, torch.device("cpu"))
     for ours, expected in zip(table.at(torch.arange(length)), (cos, sin), strict=True):
         torch.testing.assert_close(ours, expected[0, :, :32], rtol=0, atol=2e-4)
+
+
+def test_dynamic_scaling_reaches_as_far_as_its_factor() -> None:
+    spec = describe(CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.5}})
+    assert (spec.max_context, spec.longest_context) == (2048, 5120)
+    linear = describe(CONFIG | {"rope_scaling": {"type": "linear", "factor": 2.5}})
+    assert linear.longest_context == linear.max_context == 2048
 
 
 @pytest.mark.parametrize(
@@ -155,6 +162,10 @@ def test_rope_agrees_with_transformers(name: str, length: int) -> None:
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"type": "mrope", "factor": 2}}, "'mrope', allowed: "),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2},
+            "type is 'dynamic', allowed: other rules",
+        ),
         ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "above beta_slow"),
         ({"rope_scaling": YARN | {"low_freq_factor": 2}}, "only attention_factor, beta_fast"),
         ({"rope_scaling": LONG | {"long_factor": [1.0]}}, "a list of 4 finite numbers above 0"),
@@ -212,6 +223,32 @@ LATENT = {
 MPT = {"d_model": 72, "n_heads": 9, "n_layers": 2, "max_seq_len": 64}
 
 
+CHATGLM = {
+    "num_layers": 2,
+    "padded_vocab_size": 515,
+    "hidden_size": 72,
+    "ffn_hidden_size": 101,
+    "kv_channels": 8,
+    "num_attention_heads": 9,
+    "multi_query_attention": True,
+    "multi_query_group_num": 3,
+    "seq_length": 64,
+    "add_qkv_bias": True,
+    "architectures": ["ChatGLMModel"],
+}
+
+
+def chatglm(**fields: Any) -> dict[str, Any]:
+    return CHATGLM | fields
+
+
+def test_chatglm_takes_the_base_from_the_ratio_where_it_is_one() -> None:
+    later = describe(chatglm(rope_ratio=50, classifier_dropout=None))
+    assert later.rope == RopeSpec(theta=5e5, rotary_dim=4)
+    assert describe(chatglm()).rope == RopeSpec(theta=1e4, rotary_dim=4)
+    assert describe(chatglm(add_bias_linear=True, add_qkv_bias=False)).attention_bias
+
+
 def deepseek(version: int, **fields: Any) -> dict[str, Any]:
     return family(f"DeepseekV{version}ForCausalLM", **LATENT | fields)
 
@@ -248,6 +285,14 @@ def deepseek(version: int, **fields: Any) -> dict[str, Any]:
         (family("GPTNeoForCausalLM", attention_types=[[["global"], 1]]), "for 2 layers"),
         (family("MixtralForCausalLM", num_experts_per_tok=9), "whole numbers from 1 to 8"),
         (family("Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2), "moe_intermediate"),
+        (chatglm(position_encoding_2d=True), "position_encoding_2d is True, allowed: False"),
+        (chatglm(rope_ratio=16), "rope_ratio is 16.0, allowed: 1 for ChatGLM2"),
+        (chatglm(multi_query_attention=None), "multi_query_attention is missing, allowed: true"),
+        (chatglm(quantization_bit=4), "quantization_bit is 4, allowed: 0"),
+        (chatglm(rmsnorm=False), "rmsnorm is False"),
+        (chatglm(original_rope=False), "original_rope is False"),
+        (chatglm(multi_query_group_num=2), "multi_query_group_num is 2, allowed: divisors of 9"),
+        (chatglm(kv_channels=None, ffn_hidden_size=None), "intermediate_size is missing"),
         (deepseek(2, norm_topk_prob=True), "norm_topk_prob is True, allowed: False"),
         (deepseek(2, topk_method="noaux_tc"), "topk_method is 'noaux_tc'"),
         (deepseek(2, scoring_func="sigmoid"), "scoring_func is 'sigmoid', allowed: 'softmax'"),
