@@ -139,6 +139,8 @@ def test_python_blocks_name_what_exists(documents: dict[str, str]) -> None:
     """They compile as they stand (also with a bare `await`), and every name that they import
     from phalanx is there."""
     for block in blocks(documents, "python", "py"):
+        if EXCERPT.match(block.text):
+            continue
         tree = compile(
             block.text,
             block.path,
@@ -150,6 +152,30 @@ def test_python_blocks_name_what_exists(documents: dict[str, str]) -> None:
                 module = importlib.import_module(node.module or "")
                 missing = [item.name for item in node.names if not hasattr(module, item.name)]
                 assert missing == [], f"{block.path}: {node.module}"
+
+
+EXCERPT = re.compile(r"# ([a-z_]+/[\w/]+\.py)\n")
+
+
+def missing_lines(root: Path, block: Block) -> list[str]:
+    """Of an excerpt, the runs of lines that its file lacks; "..." stands between runs."""
+    head = EXCERPT.match(block.text)
+    if head is None:
+        return []
+    runs = re.split(r"^\.\.\.\n", block.text[head.end() :], flags=re.MULTILINE)
+    file = "\n" + (root / head[1]).read_text(encoding="utf-8")
+    return [run for run in runs if "\n" + run not in file]
+
+
+def test_excerpts_are_in_their_files(root: Path, documents: dict[str, str]) -> None:
+    found = [block for block in blocks(documents, "python") if EXCERPT.match(block.text)]
+    assert len(found) >= 4
+    assert [run for block in found for run in missing_lines(root, block)] == []
+
+
+def test_a_planted_excerpt_is_found(root: Path) -> None:
+    text = "# workers/models/chatglm.py\n_FIELDS = {\n...\n_FIELD = {\n"
+    assert missing_lines(root, Block("a.md", "python", text)) == ["_FIELD = {\n"]
 
 
 def test_toml_blocks_and_files_name_real_settings(root: Path, documents: dict[str, str]) -> None:
