@@ -326,6 +326,27 @@ def test_at_further_sizes(build: Make, difference: Difference, name: str, tp: in
     assert difference(build(name), tp) < TOLERANCE
 
 
+# transformers rounds Falcon's ALiBi to bfloat16, which shows beyond 256 tokens
+LONG_CONTEXTS = {"llama-dynamic": 96, "falcon-rw": 256}
+LONGER = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_in_long_contexts(random_model: Make, score: Make, name: str) -> None:
+    """Hundreds of tokens, many blocks: the log-probabilities of the likeliest after each."""
+    kind, fields = MODELS[name]
+    length = LONG_CONTEXTS.get(name, 700)
+    longer = {field: length for field in LONGER if fields.get(field) == CONTEXT}
+    model = random_model(kind, **fields | longer)
+    tokens = [(7 * place * place + 3 * place + 5) % VOCAB for place in range(length)]
+    expected = model.logprobs(tokens)[:-1]
+    tops = score(model.folder, model.spec, 3, tokens)
+    for row, top in zip(expected, tops, strict=True):
+        for item in top:
+            assert abs(float(row[item.token_id]) - item.logprob) < 2 * TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)

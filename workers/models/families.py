@@ -89,7 +89,10 @@ FAMILIES = {
         limits="not the 350M model (norms after the sums)",
     ),
     "falcon": FamilyRecord(
-        module="falcon", models="Falcon 7B, 11B, 40B, RW", architectures=("FalconForCausalLM",)
+        module="falcon",
+        models="Falcon 7B, 11B, 40B, RW",
+        architectures=("FalconForCausalLM",),
+        limits="RW: ALiBi is exact, which transformers rounds to bfloat16 beyond 256 tokens",
     ),
     "bloom": FamilyRecord(
         module="bloom", models="BLOOM, BLOOMZ", architectures=("BloomForCausalLM",)
