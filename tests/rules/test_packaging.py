@@ -84,7 +84,7 @@ def test_generated_code_is_fresh(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_wheel_holds_the_rooms(root: Path, wheel: Path) -> None:
-    patterns = ("*.py", "*.proto", "*.pyi", "py.typed", "*.cpp", "*.h", "*.inl")
+    patterns = ("*.py", "*.proto", "*.pyi", "py.typed", "*.json", "*.cpp", "*.h", "*.inl")
     wanted = {
         str(path.relative_to(root))
         for room in ROOMS

@@ -282,5 +282,8 @@ def test_models_lists_every_family_with_its_formats(run: Run) -> None:
     text = run("models").stdout
     assert "llama: Llama 1 to 3.3" in text
     assert "(safetensors, gguf)" in text
-    for name in ("qwen3", "gemma3", "bloom", "falcon", "mixtral"):
+    for name in ("qwen3", "gemma3", "bloom", "falcon", "mixtral", "chatglm"):
         assert f"{name}: " in text
+    lines = text.splitlines()
+    assert "at TP 1 2 3 4: " in lines[lines.index("gpt2: GPT-2 (safetensors)") + 1]
+    assert run("models", "--markdown").stdout.startswith("# Families of models\n")
