@@ -21,7 +21,7 @@ from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 MIB = 2**20
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": MIB, "GIB": 2**30, "TIB": 2**40}
 BYTE_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,14 @@ class ClusterConfig:
         high=1024,
     )
     replicas: int = _option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
-    dtype: str = _option("auto", "Number format of weights and activations.", choices=DTYPES)
-    kv_dtype: str = _option("auto", "Number format of the KV cache.", choices=DTYPES)
+    dtype: str = _option(
+        "auto",
+        "Number format of weights and activations; in int8, of linear layers, on CPUs.",
+        choices=DTYPES,
+    )
+    kv_dtype: str = _option(
+        "auto", "Number format of the KV cache; auto is the activations'.", choices=DTYPES
+    )
     device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
     block_size: int = _option(16, "Tokens of a KV block.", low=1, high=1024)
     kv_tokens: int | None = _option(
@@ -229,6 +235,11 @@ class ClusterConfig:
                 f"max_tokens_per_step is {self.max_tokens_per_step}, allowed: at least max_running "
                 f"({self.max_running}), one token for each"
             )
+        for name in ("dtype", "kv_dtype"):
+            if self.device == "cuda" and getattr(self, name) == "int8":
+                wrong.append(
+                    f"{name} is 'int8', which GPUs do not have here: allowed with device cpu"
+                )
         if (self.tls_cert is None) != (self.tls_key is None):
             wrong.append("tls_cert and tls_key are given together or not at all")
         if self.tls_client_ca is not None and self.tls_cert is None:

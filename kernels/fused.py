@@ -54,6 +54,15 @@ class RowLookup(PackedLinear, Protocol):
         """Rows `ids` (int64 [n]) as they were packed, [n, in]."""
 
 
+@runtime_checkable
+class BestOutput(PackedLinear, Protocol):
+    """A packed weight that finds the largest output without writing all of them down."""
+
+    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, in] -> the output (int64 [T]) that is largest, the first of several, and its value
+        (float32 [T]) before it is rounded: NaN where some output is not finite."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PlainLayer:
     """h += output(attention(rope(qkv(norm(h))))); h += down(silu(gate) * up of gate_up(norm(h))).

@@ -1,7 +1,8 @@
 """What a kernel backend offers. `reference.py` is the specification; every backend equals it.
 
 Shapes: T tokens of the step, H query heads, K key/value heads, D head dimension. A KV pool of
-one layer is [K, num_blocks, block_size, D], so that one head's block is one contiguous run.
+one layer is [K, num_blocks, block_size, D], so that one head's block is one contiguous run. An int8
+pool is [K, num_blocks, block_size, D + 4]: levels, then the bytes of their float32 scale (`int8.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .int8 import from_pool, quantize, to_pool
 from .interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,6 +33,18 @@ class ReferenceBackend:
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """The weight as it is."""
         return lambda x: F.linear(x, weight, bias)
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Levels are multiplied in float64, which is exact."""
+        levels, scales = quantize(weight)
+
+        def linear(x: Tensor) -> Tensor:
+            x_levels, x_scales = quantize(x)
+            sums = x_levels.double() @ levels.double().T
+            product = sums.float() * (x_scales[:, None] * scales)
+            return (product if bias is None else product + bias.float()).to(x.dtype)
+
+        return linear
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Normalise in float32, round to the dtype of x, then scale; with an offset, scale first."""
@@ -85,7 +98,7 @@ class ReferenceBackend:
     ) -> None:
         """One row per token and head."""
         for source, pool in ((key, key_pool), (value, value_pool)):
-            pool.flatten(1, 2)[:, slots] = source.transpose(0, 1).to(pool.dtype)
+            pool.flatten(1, 2)[:, slots] = to_pool(source.transpose(0, 1), pool.dtype)
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """Nothing to prepare."""
@@ -108,7 +121,9 @@ class ReferenceBackend:
             rows = slice(span.start, span.start + span.num_query)
             blocks = torch.tensor(span.blocks, device=query.device)
             keys, values = (
-                pool[:, blocks].flatten(1, 2)[:, : span.length].repeat_interleave(group, dim=0)
+                from_pool(pool[:, blocks].flatten(1, 2)[:, : span.length]).repeat_interleave(
+                    group, dim=0
+                )
                 for pool in (key_pool, value_pool)
             )
             scores = query[rows].transpose(0, 1).float() @ keys.transpose(1, 2).float()

@@ -13,7 +13,15 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from .errors import ConfigError
-from .specs import DTYPE_BYTES, DecoderSpec, LatentSpec
+from .specs import (
+    DTYPE_BYTES,
+    INT8_MOST_INPUTS,
+    INT8_SCALE_BYTES,
+    DecoderSpec,
+    DType,
+    LatentSpec,
+    activation_dtype,
+)
 
 MAX_LOGIT_ROWS = 64
 """Rows of logits that exist at a time; a step that needs more computes them in turns."""
@@ -183,16 +191,30 @@ def weight_parameters(
 
 
 def weight_bytes(
-    model: DecoderSpec, tp_size: int, rank: int, dtype: str, stage: Stage | None = None
+    model: DecoderSpec, tp_size: int, rank: int, dtype: DType, stage: Stage | None = None
 ) -> int:
     """Bytes of the weights that one rank of a stage holds; what corrects a choice of experts is
-    float32."""
-    size, stage = DTYPE_BYTES[dtype], stage or whole(model)
+    float32.
+
+    In int8, linear layers take a byte a weight and a scale for each output, and a table that is
+    both embedding and head is held twice, once in each format.
+    """
+    size, stage = DTYPE_BYTES[activation_dtype(dtype)], stage or whole(model)
     experts, wide = model.experts, 0
     if experts is not None and experts.corrected:
         held = sum(model.has_experts(layer) for layer in range(*stage.layers))
         wide = experts.num_experts * held
-    return size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
+    total = size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
+    if dtype != "int8":
+        return total
+    part = cut_model(model, tp_size, rank)
+    head = (part.vocab.size, model.hidden_size)
+    if model.tie_embeddings and stage.is_first and stage.is_last:
+        total += size * head[0] * head[1]
+    shapes = [head] if stage.is_last else []
+    for layer in range(*stage.layers):
+        shapes += _linear_shapes(model, part, layer)
+    return total + sum(int8_bytes(*shape) - size * shape[0] * shape[1] for shape in shapes)
 
 
 def _first_parameters(model: DecoderSpec, part: RankCut) -> int:
@@ -206,6 +228,34 @@ def _first_parameters(model: DecoderSpec, part: RankCut) -> int:
 def _last_parameters(model: DecoderSpec, part: RankCut) -> int:
     """What comes after the layers."""
     return (model.hidden_size + model.head_bias) * part.vocab.size + _norm_parameters(model)
+
+
+def int8_bytes(outputs: int, inputs: int) -> int:
+    """Bytes of a linear layer's weight in a model of dtype int8."""
+    if inputs > INT8_MOST_INPUTS:
+        return DTYPE_BYTES["bfloat16"] * outputs * inputs
+    return outputs * (inputs + INT8_SCALE_BYTES)
+
+
+def _linear_shapes(model: DecoderSpec, part: RankCut, layer: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of a layer's projections, the routers of experts left out."""
+    hidden, dim = model.hidden_size, model.head_dim
+    heads, latent = part.heads.query.size, model.latent
+    if latent is None:
+        kv = part.heads.kv.size
+        shapes = [((heads + 2 * kv) * dim, hidden), (hidden, heads * dim)]
+    else:
+        small = latent.kv_rank + model.rotary_dim
+        shapes = [((latent.query_rank or heads * dim) + small, hidden)]
+        shapes += [(heads * dim, latent.query_rank)] if latent.query_rank else []
+        shapes.append((heads * (dim - model.rotary_dim + latent.value_dim), latent.kv_rank))
+        shapes.append((hidden, heads * latent.value_dim))
+    if model.experts is None or not model.has_experts(layer):
+        columns = part.mlp.size
+        return [*shapes, ((1 + model.gated_mlp) * columns, hidden), (hidden, columns)]
+    widths = [part.experts.size] * model.experts.num_experts
+    widths += [part.shared.size] if model.experts.shared_size else []
+    return shapes + [pair for n in widths for pair in ((2 * n, hidden), (hidden, n))]
 
 
 def _norm_parameters(model: DecoderSpec) -> int:
@@ -252,9 +302,10 @@ def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
 
 
 def kv_bytes_per_token(
-    model: DecoderSpec, tp_size: int, rank: int, dtype: str, stage: Stage | None = None
+    model: DecoderSpec, tp_size: int, rank: int, dtype: DType, stage: Stage | None = None
 ) -> int:
     """Bytes that one token takes in the KV pool of one rank of a stage."""
     kv = cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank).kv.size
     layers = (stage or whole(model)).layers.size
-    return 2 * layers * kv * model.head_dim * DTYPE_BYTES[dtype]
+    row = model.head_dim * DTYPE_BYTES[dtype] + INT8_SCALE_BYTES * (dtype == "int8")
+    return 2 * layers * kv * row

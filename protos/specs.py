@@ -6,8 +6,17 @@ from typing import Literal
 
 import msgspec
 
-DType = Literal["float32", "bfloat16", "float16"]
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DType = Literal["float32", "bfloat16", "float16", "int8"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+INT8_SCALE_BYTES = 4
+"""Of the float32 number that a row of int8 is multiplied by."""
+INT8_MOST_INPUTS = 2**16 - 1
+"""Of an int8 product, which is summed in 32 bits; what has more stays bfloat16."""
+
+
+def activation_dtype(dtype: DType) -> DType:
+    """Of all that is not the weight of a linear layer: a model in int8 is otherwise bfloat16."""
+    return "bfloat16" if dtype == "int8" else dtype
 
 
 Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -183,6 +192,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens a block."""
     num_blocks: int
     dtype: DType
+    """In int8, every key and value of a head has a float32 scale behind it."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +202,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Folder or .gguf file, readable at this path on every node."""
     model: DecoderSpec
     dtype: DType
+    """Of weights and activations; see `activation_dtype`."""
     tp_size: int
     pp_size: int = 1
     """Pipeline stages, each of `tp_size` ranks that follow one another."""

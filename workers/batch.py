@@ -81,8 +81,8 @@ class BatchBuilder:
     def build(self, rows: Sequence[Row], sequences: dict[int, SequenceState]) -> Batch:
         """Tensors for `rows`. Raises `GroupLost` if the plan does not fit what the rank knows."""
         tokens: list[int] = []
-        positions: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
+        positions: list[int] = []
+        slots: list[int] = []
         spans: list[SequenceSpan] = []
         sampled: list[SequenceState] = []
         sampled_rows: list[int] = []
@@ -91,12 +91,17 @@ class BatchBuilder:
         for row in rows:
             state = self._advance(row, sequences)
             first, last = state.num_computed - row.num_new, state.num_computed
-            start = len(tokens)
+            start, size = len(tokens), self._block_size
             tokens += state.token_ids[first:last]
-            position = np.arange(first, last)
-            positions.append(position)
-            table = np.asarray(state.blocks)[position // self._block_size]
-            slots.append(table * self._block_size + position % self._block_size)
+            if row.num_new == 1:  # arrays of one number cost more than the number
+                positions.append(first)
+                slots.append(state.blocks[first // size] * size + first % size)
+            else:
+                position = np.arange(first, last)
+                positions += position.tolist()
+                slots += (
+                    np.asarray(state.blocks)[position // size] * size + position % size
+                ).tolist()
             spans.append(SequenceSpan(start, row.num_new, last, state.blocks))
             if last == len(state.token_ids):
                 sampled.append(state)
@@ -105,12 +110,12 @@ class BatchBuilder:
                 count = min(last, state.num_prompt - 1) - first
                 scored.append((state, first, count))
                 scored_rows += range(start, start + count)
-        position_tensor = self._tensor(np.concatenate(positions))
+        position_tensor = self._tensor(np.asarray(positions))
         none = position_tensor[:0]
         cos, sin = self._rotary.at(position_tensor) if self._rotary else (none, none)
         return Batch(
             token_ids=self._tensor(np.asarray(tokens)),
-            slots=self._tensor(np.concatenate(slots)),
+            slots=self._tensor(np.asarray(slots)),
             cos=cos,
             sin=sin,
             attention=self._backend.plan_attention(spans, self._block_size),

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phalanx.kernels.int8 import pool_width
 from phalanx.protos.specs import CacheSpec
 from phalanx.protos.steps import BlockCopy
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim]."""
+    """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim];
+    in int8, with the bytes of a scale behind every head_dim levels."""
 
     key: Tensor
     value: Tensor
@@ -30,9 +32,11 @@ class PagedCache:
         head_dim: int,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, 2, kv_heads, spec.num_blocks, spec.block_size, head_dim)
+        dtype = getattr(torch, spec.dtype)
+        width = pool_width(head_dim, dtype)
+        shape = (num_layers, 2, kv_heads, spec.num_blocks, spec.block_size, width)
         # zeros, not empty: a masked position must never turn stale bits into NaN
-        self._pool = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
+        self._pool = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self._pool]
 
     @property

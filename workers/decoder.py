@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.shards import Stage, cut_model, whole
+from phalanx.protos.shards import Stage, cut_model, int8_bytes, whole
 from phalanx.protos.specs import DecoderSpec
 
 from .batch import Batch
@@ -24,6 +24,7 @@ from .layers.norm import Norm, Normalize
 from .loading.pieces import Piece
 from .models.layout import PLAIN
 from .models.registry import ModelNames
+from .packing import Int8Packer, LinearPacker
 from .parallel import TensorParallel
 
 
@@ -39,8 +40,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         stage: Stage | None = None,
+        *,
+        int8: bool = False,
     ) -> None:
-        """stage: which layers; all, by default."""
+        """stage: which layers; all, by default. int8: linear layers and the head are rounded to
+        it when they are packed."""
+        self._packer: LinearPacker = Int8Packer(backend) if int8 else backend
         part = cut_model(model, group.size, group.rank)
         self._stage = stage = stage or whole(model)
         self._dtype, self._device = dtype, device
@@ -98,15 +103,33 @@ class Decoder:
         first = [piece for part in outer if part is not None for piece in part.pieces]
         return [first, *(layer.pieces for layer in self.layers)]
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights will take once they are packed; asked before."""
+        pieces = [piece for stage in self.stages for piece in stage]
+        total = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
+        if not isinstance(self._packer, Int8Packer):
+            return total
+        linears = [linear for layer in self.layers for linear in layer.linears]
+        rounded = [linear.weight for linear in linears if not linear.exact]
+        if self._head is not None:
+            head = self._tables[-1].weight
+            rounded.append(head)
+            total += head.nbytes if self._model.tie_embeddings and self._embedding else 0
+        for weight in rounded:
+            if weight is not None:
+                total += int8_bytes(*weight.shape) - weight.nbytes
+        return total
+
     def pack(self, stage: int) -> None:
         """Hand the weights of a filled stage to the backend; stage 0 is embedding and head."""
         if stage == 0:
             if self._head is not None:
                 shared = self._model.tie_embeddings and self._embedding is not None
-                self._head.pack(self._backend, shared=shared)
+                self._head.pack(self._packer, shared=shared)
             return
         for linear in self.layers[stage - 1].linears:
-            linear.pack(self._backend)
+            linear.pack(self._backend if linear.exact else self._packer)
 
     def fuse(self, cache: Sequence[LayerCache]) -> bool:
         """Let the backend run all layers in one call, on these pools, if it can; once packed."""
@@ -153,6 +176,14 @@ class Decoder:
         if self._positions is not None and batch.positions is not None:
             x = x + self._positions(batch.positions + model.position_offset)
         return x if self._embedding_norm is None else self._norm(x, self._embedding_norm)
+
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of each of `logits`' rows the first largest, as local column and float32 value, which is
+        NaN where one is not finite. None where it takes the logits themselves to tell."""
+        model, head = self._model, self._head
+        if model.logit_scale != 1.0 or model.final_softcap or head is None or not head.finds_best:
+            return None
+        return head.best(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, local vocabulary]."""

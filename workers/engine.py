@@ -12,7 +12,7 @@ from torch import Tensor
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
 from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages
-from phalanx.protos.specs import LoadReport, WorkerSpec
+from phalanx.protos.specs import LoadReport, WorkerSpec, activation_dtype
 from phalanx.protos.steps import (
     PromptLogprobs,
     Row,
@@ -32,7 +32,7 @@ from .models.registry import tensor_names, tensor_shapes
 from .parallel import TensorParallel
 from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
-from .sampling.sampler import Sampled, Sampler, SampleRow
+from .sampling.sampler import Sampled, Sampler, SampleRow, is_plainly_greedy
 
 
 class Engine:
@@ -53,11 +53,12 @@ class Engine:
         self._kernels = kernels or backend.name
         model = spec.model
         self._device = torch.device(spec.device)
-        dtype = getattr(torch, spec.dtype)
+        dtype = getattr(torch, activation_dtype(spec.dtype))
         self._checkpoint = open_checkpoint(spec.checkpoint)
         self._names = tensor_names(model, self._checkpoint.kind, self._checkpoint.names())
         self._stage = stage = cut_stages(model, pipeline.size)[pipeline.stage]
-        self._decoder = Decoder(model, self._names, group, backend, dtype, self._device, stage)
+        place = (group, backend, dtype, self._device, stage)
+        self._decoder = Decoder(model, self._names, *place, int8=spec.dtype == "int8")
         part = cut_model(model, group.size, group.rank)
         self._cache = PagedCache(
             spec.cache, stage.layers.size, part.heads.kv.size, model.head_dim, self._device
@@ -79,7 +80,7 @@ class Engine:
         if self._stage.is_last:
             self._grammars.prepare()
         pieces = [piece for stage in self._decoder.stages for piece in stage]
-        weight_bytes = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
+        weight_bytes = self._decoder.weight_bytes
         used = {piece.source for piece in pieces}
         del pieces
         unused = fill(
@@ -202,7 +203,7 @@ class Engine:
             rows.append(row)
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, start + MAX_LOGIT_ROWS)
-            choices += self._sampler.sample(self._decoder.logits(hidden[part]), rows[part])
+            choices += self._choose(hidden[part], rows[part])
         for index, why in lost.items():
             choices[index] = Sampled(0, None, [], why)
         for state, choice in zip(batch.sampled, choices, strict=True):
@@ -224,6 +225,13 @@ class Engine:
         if state.grammar is None:
             state.grammar = self._grammars.begin(state.params.grammar)
         return state.grammar.allowed(state.token_ids[state.num_prompt :])
+
+    def _choose(self, hidden: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+        """Logits are not made where nothing but the largest is asked for."""
+        best = self._decoder.best(hidden) if all(map(is_plainly_greedy, rows)) else None
+        if best is not None:
+            return self._sampler.take_best(*best)
+        return self._sampler.sample(self._decoder.logits(hidden), rows)
 
     def _score(
         self, batch: Batch, hidden: Tensor

@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from phalanx.kernels.fused import FusingBackend
 from phalanx.kernels.select import select_backend
-from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec
+from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec, activation_dtype
 
 from .engine import Engine
 from .parallel import SingleRank, TensorParallel
@@ -139,7 +139,7 @@ def _shared_memory(
     spec: WorkerSpec, rank: int, store: Store, timeout: timedelta
 ) -> SharedMemoryRank:
     size = spec.tp_size
-    width = spec.model.hidden_size * DTYPE_BYTES[spec.dtype]
+    width = spec.model.hidden_size * DTYPE_BYTES[activation_dtype(spec.dtype)]
     slot = max(spec.max_tokens_per_step * width, PIECE * 8)
 
     def exchange(value: bytes) -> bytes:

@@ -21,10 +21,11 @@ from phalanx.protos.shards import (
     weight_bytes,
     whole,
 )
-from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType
+from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType, activation_dtype
 
 HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
 INNER_COPIES = 4  # gate and up, the activated gate, the product
+INT8_PARTS = (13, 8)  # of a block in bfloat16: products in float32, inputs while they are rounded
 QUERY_COPIES, KV_COPIES = 4, 5  # fused projection, rotated copy, gathered pages, outputs
 INDEX_BYTES = 16  # token id and slot
 LOGIT_COPIES = 3  # in float32: raw, adjusted, and those of the rows that share a way of sampling
@@ -103,19 +104,22 @@ def activation_bytes(
     with S = min(T, 64). The first is hidden states, angles and indices, with the larger of the two
     blocks; the others are the logits as the head gives them, their float32 copies, and what is
     worked out in pieces. Blocks that keep their input need one hidden state more, a sliding window
-    a mask of T^2 bytes, latent attention its small vectors, and scores that are capped or biased 12
-    bytes each, a piece at a time. Of the pages that attention gathers, no more are counted than the
-    step has tokens. Of several stages, each has 4 T hidden bytes for what it takes and for each of
-    what it has sent, and only the last one has logits.
+    a mask of T^2 bytes, int8 13 / 8 of the blocks' bytes in bfloat16, latent attention its small
+    vectors, and scores that are capped or biased 12 bytes each, a piece at a time. Of the pages
+    that attention gathers, no more are counted than the step has tokens. Of several stages, each
+    has 4 T hidden bytes for what it takes and for each of what it has sent, and only the last one
+    has logits.
     """
     stage = stage or whole(model)
-    part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[dtype]
+    part, size = cut_model(model, tp_size, rank), DTYPE_BYTES[activation_dtype(dtype)]
     query = part.heads.query.size * model.head_dim
     kv = part.heads.kv.size * model.head_dim
     attention = QUERY_COPIES * query + KV_COPIES * kv
     if model.latent is not None:
         attention += model.latent.query_rank + 2 * model.latent.kv_rank + model.rotary_dim
     block = max(attention, INNER_COPIES * part.mlp.size)
+    if dtype == "int8":
+        block = block * INT8_PARTS[0] // INT8_PARTS[1]
     block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post"))
     angles = sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
     elements = HIDDEN_COPIES * model.hidden_size + angles + block
@@ -217,7 +221,7 @@ def _empty(
         # cos and sin of half the rotated dimensions, in the model's dtype
         rope_table=model.max_context
         * sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
-        * DTYPE_BYTES[dtype],
+        * DTYPE_BYTES[activation_dtype(dtype)],
         activations=activation_bytes(
             model,
             dtype=dtype,

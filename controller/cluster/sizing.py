@@ -8,7 +8,8 @@ from typing import Literal, Protocol, cast
 
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
-from phalanx.protos.specs import DType, WorkerSpec
+from phalanx.protos.errors import ConfigError
+from phalanx.protos.specs import DType, WorkerSpec, activation_dtype
 
 from .placement import MemoryPlan, plan_memory
 
@@ -46,7 +47,8 @@ def plan_config(
     auto_dtype: what "auto" means here. The other arguments are those of `plan_memory`.
     """
     dtype = cast(DType, auto_dtype if config.dtype == "auto" else config.dtype)
-    kv_dtype = cast(DType, dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    auto_kv = activation_dtype(dtype)
+    kv_dtype = cast(DType, auto_kv if config.kv_dtype == "auto" else config.kv_dtype)
     return plan_memory(
         served.spec,
         dtype=dtype,
@@ -86,6 +88,11 @@ def size_group(
     epoch: int = 0,
 ) -> tuple[WorkerSpec, MemoryPlan]:
     """What to build on `nodes`, one entry a rank. Raises `ConfigError` when it does not fit."""
+    if device == "cuda" and "int8" in (config.dtype, config.kv_dtype):
+        raise ConfigError(
+            f"dtype is {config.dtype!r} and kv_dtype {config.kv_dtype!r}: GPUs have no int8 here, "
+            "allowed with device cpu"
+        )
     auto: DType = "bfloat16" if all(node.fast_bfloat16 for node in nodes) else "float32"
     memory = _memory_per_rank(config, device, nodes)
 

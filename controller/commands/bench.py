@@ -27,6 +27,7 @@ SERVE_FLAGS = (
     "tp",
     "pp",
     "dtype",
+    "kv_dtype",
     "device",
     "threads",
     "kv_tokens",

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phalanx.kernels.int8 import from_pool, to_pool
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
+from .int8 import Int8Linear, multiplies_exactly
 from .plan import CpuPlan, DecodeGroup, PrefillSpan
 
 PACK_BATCH_HINT = 32
@@ -25,9 +27,10 @@ SCORE_ELEMENTS = 1024 * 1024
 
 
 def _gather(pool: Tensor, blocks: Tensor) -> Tensor:
-    """pool [K, blocks, block_size, D] -> [K, len(blocks) * block_size, D]."""
-    heads, _, size, dim = pool.shape
-    return pool.flatten(2, 3).index_select(1, blocks).view(heads, len(blocks) * size, dim)
+    """pool [K, blocks, block_size, D] -> [K, len(blocks) * block_size, D]; float32 from int8."""
+    heads, _, size, width = pool.shape
+    rows = pool.flatten(2, 3).index_select(1, blocks).view(heads, len(blocks) * size, width)
+    return from_pool(rows)
 
 
 class CpuBackend(ReferenceBackend):
@@ -49,12 +52,16 @@ class CpuBackend(ReferenceBackend):
 
         return linear
 
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """oneDNN's int8 product where it is exact, else the levels as floats."""
+        return Int8Linear(weight, bias, is_exact=multiplies_exactly())
+
     def store_kv(
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
     ) -> None:
         """`index_copy_` copies whole head rows."""
         for source, pool in ((key, key_pool), (value, value_pool)):
-            pool.flatten(1, 2).index_copy_(1, slots, source.transpose(0, 1).to(pool.dtype))
+            pool.flatten(1, 2).index_copy_(1, slots, to_pool(source.transpose(0, 1), pool.dtype))
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """Decode rows sorted by length, and prefills."""

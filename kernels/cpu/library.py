@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the library calls the dtypes that it knows."""
+"""What the library calls the dtypes of activations that it knows."""
+INT8 = 2
+POOL_TYPES = TYPES | {torch.int8: INT8}
+"""And those of KV pools."""
 
 
 class Spans(ctypes.Structure):
@@ -42,6 +45,7 @@ class Attention(ctypes.Structure):
         ("values", c_void_p),
         ("head_stride", c_int64),
         ("block_size", c_int64),
+        ("row", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
         ("window", c_int64),
@@ -84,6 +88,7 @@ class Stack(ctypes.Structure):
         ("pool_type", c_int32),
         ("head_stride", c_int64),
         ("block_size", c_int64),
+        ("row", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
         ("eps", c_float),
@@ -132,11 +137,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_open": (_P, [c_char_p, c_int]),
     "phx_close": (None, [_P]),
     "phx_isa": (c_char_p, [_P]),
-    "phx_pack": (_P, [_P, _P, _T, _L, _L, _P]),
-    "phx_pack_int8": (_P, [_P, _P, _P, _L, _L, _P]),
+    "phx_pack": (_P, [_P, _P, _T, _L, _L, _P, _T]),
     "phx_unpack_rows": (None, [_P, _P, _L, _P]),
-    "phx_matmul": (None, [_P, _P, _P, _L, _P, _T]),
-    "phx_matmul_int8": (None, [_P, _P, _P, _T, _L, _P, _T]),
+    "phx_matmul": (None, [_P, _P, _P, _T, _L, _P, _T]),
+    "phx_best": (None, [_P, _P, _P, _T, _L, _P, _P]),
     "phx_rms_norm": (None, [_P, _P, _P, _P, _T, c_float, c_float, _L, _L, _P]),
     "phx_silu_mul": (None, [_P, _P, _T, _L, _L, _P]),
     "phx_rope": (None, [_P, _P, _L, _P, _P, _T, _L, _L, _L, _L, _P]),

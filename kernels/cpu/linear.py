@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .library import TYPES
+from .library import INT8, TYPES
 
 if TYPE_CHECKING:
     from .native_backend import NativeBackend
 
 
-class NativeLinear:
-    """A packed weight in the library's memory; keeps its backend alive."""
+class PackedWeight:
+    """A weight in panels, in the library's memory; keeps its backend alive.
 
-    def __init__(self, backend: NativeBackend, weight: Tensor, bias: Tensor | None) -> None:
-        self._backend, self.dtype = backend, weight.dtype
+    `dtype` is that of the inputs and outputs, and of the weight as it came.
+    """
+
+    def __init__(
+        self, backend: NativeBackend, weight: Tensor, bias: Tensor | None, packed: int
+    ) -> None:
+        """packed: the library's type of the weight in panels."""
+        self._backend, self.dtype, self.packed = backend, weight.dtype, packed
         self.out_features, self.in_features = weight.shape
         weight = weight.contiguous()
         wide = None if bias is None else bias.float().contiguous()
@@ -28,7 +34,52 @@ class NativeLinear:
             self.out_features,
             self.in_features,
             None if wide is None else wide.data_ptr(),
+            packed,
         )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, out], sums in float32 or exact."""
+        return self._multiply(x, self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x [T, in] -> float32 [T, out]."""
+        return self._multiply(x, torch.float32)
+
+    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `BestOutput`."""
+        x = x.to(self.dtype).contiguous()
+        ids, values = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
+        self._backend.library.phx_best(
+            self._backend.handle,
+            self.handle,
+            x.data_ptr(),
+            TYPES[x.dtype],
+            len(x),
+            values.data_ptr(),
+            ids.data_ptr(),
+        )
+        return ids, values
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(self.dtype).contiguous()
+        output = x.new_empty(len(x), self.out_features, dtype=dtype)
+        self._backend.library.phx_matmul(
+            self._backend.handle,
+            self.handle,
+            x.data_ptr(),
+            TYPES[x.dtype],
+            len(x),
+            output.data_ptr(),
+            TYPES[dtype],
+        )
+        return output
+
+
+class NativeLinear(PackedWeight):
+    """A weight in its own dtype."""
+
+    def __init__(self, backend: NativeBackend, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(backend, weight, bias, TYPES[weight.dtype])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight as it was packed, [n, in]."""
@@ -39,54 +90,9 @@ class NativeLinear:
         )
         return output
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] -> [T, out], sums in float32."""
-        return self._multiply(x, self.dtype)
 
-    def wide(self, x: Tensor) -> Tensor:
-        """x [T, in] -> float32 [T, out]."""
-        return self._multiply(x, torch.float32)
-
-    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = x.to(self.dtype).contiguous()
-        output = x.new_empty(len(x), self.out_features, dtype=dtype)
-        backend = self._backend
-        backend.library.phx_matmul(
-            backend.handle, self.handle, x.data_ptr(), len(x), output.data_ptr(), TYPES[dtype]
-        )
-        return output
-
-
-class NativeInt8Linear:
-    """W8A8: int8 weights with a scale for each output, inputs made int8 row by row as they come.
-
-    The products are summed exactly; what is lost is lost in the two roundings to 8 bits.
-    """
+class NativeInt8Linear(PackedWeight):
+    """A weight rounded to int8 with a scale for each output; inputs are rounded as they come."""
 
     def __init__(self, backend: NativeBackend, weight: Tensor, bias: Tensor | None) -> None:
-        self._backend = backend
-        self.out_features, self.in_features = weight.shape
-        wide = weight.float()
-        peaks = wide.abs().amax(-1) if self.in_features else wide.new_zeros(self.out_features)
-        scales = peaks.div(127).contiguous()
-        safe = scales.masked_fill(scales == 0, 1.0)
-        rounded = (wide / safe[:, None]).round().to(torch.int8).contiguous()
-        added = None if bias is None else bias.float().contiguous()
-        self.handle: int = backend.library.phx_pack_int8(
-            backend.handle,
-            rounded.data_ptr(),
-            scales.data_ptr(),
-            self.out_features,
-            self.in_features,
-            None if added is None else added.data_ptr(),
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in], float32 or bfloat16 -> [T, out] of its dtype."""
-        x = x.contiguous()
-        output = x.new_empty(len(x), self.out_features)
-        backend, kind = self._backend, TYPES[x.dtype]
-        backend.library.phx_matmul_int8(
-            backend.handle, self.handle, x.data_ptr(), kind, len(x), output.data_ptr(), kind
-        )
-        return output
+        super().__init__(backend, weight, bias, INT8)

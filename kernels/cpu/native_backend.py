@@ -17,7 +17,7 @@ from phalanx.kernels.fused import PlainStack, Reduction, StackProgram
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 
 from .backend import CpuBackend
-from .library import MOST_GROUP, TYPES, Attention, load_library
+from .library import MOST_GROUP, POOL_TYPES, TYPES, Attention, load_library
 from .linear import NativeInt8Linear, NativeLinear
 from .spans import NativePlan
 from .stack import NativeStack, can_run
@@ -46,7 +46,9 @@ class NativeBackend(CpuBackend):
         return NativeLinear(self, weight, bias)
 
     def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """A float weight [out, in] as int8 with a scale for each output."""
+        """The same panels, of bytes."""
+        if weight.dtype not in TYPES:
+            return super().pack_linear_int8(weight, bias)
         return NativeInt8Linear(self, weight, bias)
 
     def argmax(self, x: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class NativeBackend(CpuBackend):
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
     ) -> None:
         """Whole rows, straight from the projection."""
-        known = key.dtype in TYPES and key_pool.dtype in TYPES
+        known = key.dtype in TYPES and key_pool.dtype in POOL_TYPES
         if not known or not (_dense(key) and _dense(value)) or not key_pool.is_contiguous():
             return super().store_kv(key, value, key_pool, value_pool, slots)
         tokens, kv_heads, dim = key.shape
@@ -140,7 +142,7 @@ class NativeBackend(CpuBackend):
                 source.stride(0),
                 TYPES[source.dtype],
                 pool.data_ptr(),
-                TYPES[pool.dtype],
+                POOL_TYPES[pool.dtype],
                 head_stride,
                 slots.data_ptr(),
                 tokens,
@@ -165,7 +167,7 @@ class NativeBackend(CpuBackend):
         if not isinstance(plan, NativePlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
         kv_heads, heads = key_pool.shape[0], query.shape[1]
-        known = query.dtype in TYPES and key_pool.dtype in TYPES
+        known = query.dtype in TYPES and key_pool.dtype in POOL_TYPES
         if not known or heads > MOST_GROUP * kv_heads or not _dense(query):
             torch_plan = super().plan_attention(plan.spans, plan.block_size)
             return super().paged_attention(query, key_pool, value_pool, torch_plan, spec)
@@ -178,11 +180,12 @@ class NativeBackend(CpuBackend):
             kv_heads=kv_heads,
             dim=query.shape[2],
             type=TYPES[query.dtype],
-            pool_type=TYPES[key_pool.dtype],
+            pool_type=POOL_TYPES[key_pool.dtype],
             keys=key_pool.data_ptr(),
             values=value_pool.data_ptr(),
             head_stride=key_pool.stride(0),
             block_size=plan.block_size,
+            row=key_pool.shape[3],
             scale=spec.scale,
             softcap=spec.softcap,
             window=spec.window,

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.fused import PeerLost, PlainLayer, PlainStack, Reduction
-from phalanx.kernels.interface import AttentionPlan
+from phalanx.kernels.interface import AttentionPlan, PackedLinear
 
-from .library import MOST_DIM, MOST_GROUP, MOST_RANKS, TYPES, Layer, Segment, Stack, Step
-from .linear import NativeLinear
+from .library import (
+    MOST_DIM,
+    MOST_GROUP,
+    MOST_RANKS,
+    POOL_TYPES,
+    TYPES,
+    Layer,
+    Segment,
+    Stack,
+    Step,
+)
+from .linear import PackedWeight
 from .spans import NativePlan
 
 if TYPE_CHECKING:
@@ -23,10 +33,9 @@ if TYPE_CHECKING:
 def can_run(stack: PlainStack, reduction: Reduction) -> bool:
     """Whether the library has code for all of it."""
     layer = stack.layers[0]
-    pool, dtype = layer.key_pool, getattr(layer.qkv, "dtype", None)
     segment = reduction.segment
     return (
-        all(_is_known(layer, pool, dtype) for layer in stack.layers)
+        all(_is_known(each, layer) for each in stack.layers)
         and len({(each.attention.scale, each.attention.softcap) for each in stack.layers}) == 1
         and stack.hidden_size % 2 == 0
         and stack.head_dim % 2 == 0
@@ -36,14 +45,21 @@ def can_run(stack: PlainStack, reduction: Reduction) -> bool:
     )
 
 
-def _is_known(layer: PlainLayer, pool: Tensor, dtype: torch.dtype | None) -> bool:
+def _is_known(layer: PlainLayer, first: PlainLayer) -> bool:
+    """Whether the library knows the layer's types, and they are those of the first."""
     linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    pools = (layer.key_pool, layer.value_pool)
+    pools, pool, model = (layer.key_pool, layer.value_pool), first.key_pool, first.qkv
     return (
-        all(isinstance(linear, NativeLinear) and linear.dtype is dtype for linear in linears)
-        and all(each.dtype in TYPES and each.is_contiguous() for each in pools)
+        isinstance(model, PackedWeight)
+        and all(isinstance(linear, PackedWeight) for linear in linears)
+        and all(_types(linear) == _types(model) for linear in linears)
+        and all(each.dtype in POOL_TYPES and each.is_contiguous() for each in pools)
         and all(each.shape == pool.shape and each.dtype is pool.dtype for each in pools)
     )
+
+
+def _types(linear: PackedLinear) -> tuple[torch.dtype, int] | None:
+    return (linear.dtype, linear.packed) if isinstance(linear, PackedWeight) else None
 
 
 class NativeStack:
@@ -52,7 +68,7 @@ class NativeStack:
     def __init__(self, backend: NativeBackend, stack: PlainStack, reduction: Reduction) -> None:
         self._backend, self._plain, self._reduce = backend, stack, reduction.function
         first = stack.layers[0]
-        if not isinstance(first.qkv, NativeLinear):
+        if not isinstance(first.qkv, PackedWeight):
             raise TypeError("the layers were packed by another backend")
         self._dtype = first.qkv.dtype
         self._kept: list[Tensor] = []  # what the descriptors point to
@@ -66,9 +82,10 @@ class NativeStack:
             dim=stack.head_dim,
             inner=stack.intermediate_size,
             type=TYPES[self._dtype],
-            pool_type=TYPES[pool.dtype],
+            pool_type=POOL_TYPES[pool.dtype],
             head_stride=pool.stride(0),
             block_size=pool.shape[2],
+            row=pool.shape[3],
             scale=spec.scale,
             softcap=spec.softcap,
             eps=stack.norm_eps,
@@ -98,7 +115,7 @@ class NativeStack:
         biases = (spec.alibi_slopes, spec.sinks)
         return Layer(
             *(self._wide(norm, offset) for norm in norms),
-            *(linear.handle for linear in linears if isinstance(linear, NativeLinear)),
+            *(linear.handle for linear in linears if isinstance(linear, PackedWeight)),
             layer.key_pool.data_ptr(),
             layer.value_pool.data_ptr(),
             spec.window,

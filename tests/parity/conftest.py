@@ -20,9 +20,9 @@ from torch import Tensor
 
 from phalanx.kernels.select import select_backend
 from phalanx.protos.sampling import SamplingParams
-from phalanx.protos.shards import weight_bytes
+from phalanx.protos.shards import kv_bytes_per_token, weight_bytes
 from phalanx.protos.specs import CacheSpec, DecoderSpec, DType, WorkerSpec
-from phalanx.protos.steps import NewSequence, Row, StepPlan, TokenLogprob
+from phalanx.protos.steps import NewSequence, PromptLogprobs, Row, StepPlan, TokenLogprob
 from phalanx.workers.engine import Engine
 from phalanx.workers.models.registry import describe
 from phalanx.workers.models.verified import CHUNKS, HITS, LENGTHS
@@ -236,13 +236,14 @@ def start(
     num_blocks: int = NUM_BLOCKS,
     dtype: DType = "float32",
     kernels: str | None = None,
+    kv_dtype: DType | None = None,
 ) -> list[Engine]:
     worker = WorkerSpec(
         checkpoint=str(checkpoint),
         model=spec,
         dtype=dtype,
         tp_size=tp,
-        cache=CacheSpec(block_size=BLOCK_SIZE, num_blocks=num_blocks, dtype=dtype),
+        cache=CacheSpec(block_size=BLOCK_SIZE, num_blocks=num_blocks, dtype=kv_dtype or dtype),
         max_tokens_per_step=100,
         max_running=8,
         eos_token_ids=(),
@@ -252,6 +253,8 @@ def start(
     engines = [Engine(worker, group, select_backend("cpu", kernels)[0]) for group in groups]
     for report in on_all_ranks(engines, lambda engine: engine.load()):
         assert report.weight_bytes == weight_bytes(spec, tp, report.rank, dtype)
+        token = kv_bytes_per_token(spec, tp, report.rank, worker.cache.dtype)
+        assert report.kv_bytes == token * BLOCK_SIZE * num_blocks
     return engines
 
 
@@ -383,18 +386,55 @@ def difference(one_thread: None) -> Callable[..., float]:
 def score() -> Callable[..., Tops]:
     """`score(checkpoint, spec, tp, tokens)`: what is most likely after each token of a prompt."""
 
-    def run(file: Path, spec: DecoderSpec, tp: int, tokens: list[int], *dtype: DType) -> Tops:
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
-        blocks = list(range(-(-len(tokens) // BLOCK_SIZE)))[::-1]
-        engines = start(file, spec, tp, len(blocks), *dtype)
-        tops: Tops = []
-        for step, first in enumerate(range(0, len(tokens), 100)):
-            new = [NewSequence(0, tokens, len(tokens), 0, params)] if step == 0 else []
-            row = Row(0, min(100, len(tokens) - first), blocks if step == 0 else [])
-            plan = StepPlan(0, step, [], new, [], [row])
-            results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
-            for scored in results[0].prompt_logprobs:
-                tops += scored.top
-        return tops
+    def run(
+        checkpoint: Path,
+        spec: DecoderSpec,
+        tp: int,
+        tokens: list[int],
+        dtype: DType = "float32",
+    ) -> list[list[TokenLogprob]]:
+        parts = score_prompt(start(checkpoint, spec, tp, blocks_of(tokens), dtype), tokens)
+        return [top for part in parts for top in part.top]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def logprobs() -> Callable[..., tuple[list[float], list[int]]]:
+    """`logprobs(checkpoint, spec, tp, tokens, dtype, kv_dtype, kernels)`: of each token of a prompt
+    after the first, its log-probability, and the token that was likeliest there."""
+
+    def run(
+        checkpoint: Path,
+        spec: DecoderSpec,
+        tp: int,
+        tokens: list[int],
+        dtype: DType,
+        kv_dtype: DType,
+        kernels: str | None = None,
+    ) -> tuple[list[float], list[int]]:
+        engines = start(checkpoint, spec, tp, blocks_of(tokens), dtype, kernels, kv_dtype)
+        parts = score_prompt(engines, tokens)
+        found = [token.logprob for part in parts for token in part.tokens]
+        return found, [top[0].token_id for part in parts for top in part.top]
+
+    return run
+
+
+def blocks_of(tokens: list[int]) -> int:
+    return -(-len(tokens) // BLOCK_SIZE)
+
+
+def score_prompt(engines: list[Engine], tokens: list[int]) -> list[PromptLogprobs]:
+    """A prompt in steps of 100 tokens, in blocks from the last to the first."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
+    blocks = list(range(blocks_of(tokens)))[::-1]
+    parts: list[PromptLogprobs] = []
+    for step, first in enumerate(range(0, len(tokens), 100)):
+        new = [NewSequence(0, tokens, len(tokens), 0, params)] if step == 0 else []
+        row = Row(0, min(100, len(tokens) - first), blocks if step == 0 else [])
+        plan = StepPlan(0, step, [], new, [], [row])
+        results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
+        assert not results[0].failures
+        parts += results[0].prompt_logprobs
+    return parts

@@ -167,6 +167,8 @@ def check(model: ServedModel, dtype: Any, tp_size: int, rank: int, **sizes: int)
     assert loading.left + peak == pytest.approx(memory.total, rel=0.05), (
         f"activations {peak}, planned {memory.activations}"
     )
+    if dtype == "int8":
+        return  # all weights have their place in bfloat16 at first, which is written stage by stage
     # while weights are laid out anew, those of one stage exist twice, never all
     assert loading.peak <= max(memory.total, held + 0.25 * memory.weights)
 
@@ -185,7 +187,7 @@ def test_smollm2(smollm2_gguf: Path, tp_size: int, rank: int) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("tp_size", "rank"), [(1, 0), (2, 0), (3, 1)])
 def test_small_untied_llama(
     tiny_llama: Callable[..., Path], dtype: str, tp_size: int, rank: int

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phalanx.kernels.fused import RowLookup
-from phalanx.kernels.interface import KernelBackend, PackedLinear, WideLinear
+from phalanx.kernels.fused import BestOutput, RowLookup
+from phalanx.kernels.interface import PackedLinear, WideLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.packing import Int8Packer, LinearPacker
 from phalanx.workers.parallel import TensorParallel
 
 
@@ -85,16 +86,22 @@ class VocabParallelHead:
     def __init__(self, table: VocabTable) -> None:
         self._table = table
         self._run: PackedLinear | None = None
+        self._best: BestOutput | None = None
 
-    def pack(self, backend: KernelBackend, *, shared: bool) -> None:
-        """Prepare the product; a table shared with the embedding is used in place."""
+    def pack(self, backend: LinearPacker, *, shared: bool) -> None:
+        """Prepare the product; a table shared with the embedding is used in place, or, where the
+        head is rounded, kept beside it."""
         table = self._table
         packed = backend.pack_linear(table.weight, table.bias)
         # two tokens whose bfloat16 logits tie are seldom equal: the sums are taken unrounded
         run = packed.wide if isinstance(packed, WideLinear) else packed
+        if isinstance(packed, BestOutput):
+            self._best = packed
         if not shared:
             self._run = run
             table.release()
+        elif isinstance(backend, Int8Packer):
+            self._run = run
         elif isinstance(packed, RowLookup):
             self._run = run
             table.release(packed)
@@ -106,3 +113,14 @@ class VocabParallelHead:
         if self._run is None:
             raise RuntimeError("used before pack()")
         return self._run(hidden)
+
+    @property
+    def finds_best(self) -> bool:
+        """Whether `best` works."""
+        return self._best is not None
+
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `BestOutput`: the local column of the largest logit, and the logit."""
+        if self._best is None:
+            raise RuntimeError("the backend does not find the largest output by itself")
+        return self._best.best(hidden)

@@ -40,7 +40,7 @@ class ExpertsMLP:
         self._experts = experts
         hidden = model.hidden_size
         every = [Output(names.router, Span(0, experts.num_experts))]
-        self.router = ColumnParallelLinear(hidden, every, dtype, device)
+        self.router = ColumnParallelLinear(hidden, every, dtype, device, exact=True)
         self._pieces: list[Piece] = []
         self._correction: Tensor | None = None
         if experts.corrected:
@@ -64,7 +64,7 @@ class ExpertsMLP:
         if experts.shared_size:
             if experts.shared_gated:
                 one = [Output(names.shared_router, Span(0, 1))]
-                self.shared_router = ColumnParallelLinear(hidden, one, dtype, device)
+                self.shared_router = ColumnParallelLinear(hidden, one, dtype, device, exact=True)
             add(part.shared, names.shared_gate, names.shared_up, names.shared_down)
 
     @property

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.kernels.interface import KernelBackend, PackedLinear
+from phalanx.kernels.interface import PackedLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.models.layout import PLAIN, Layout
+from phalanx.workers.packing import LinearPacker
 from phalanx.workers.parallel import TensorParallel
 
 
@@ -35,12 +36,21 @@ class Output(NamedTuple):
 
 
 class ColumnParallelLinear:
-    """Several projections of one input, fused: x [T, in] -> [T, sum of local rows]."""
+    """Several projections of one input, fused: x [T, in] -> [T, sum of local rows].
+
+    What is `exact` is not rounded below the model's activations: the router of experts.
+    """
 
     def __init__(
-        self, in_features: int, outputs: Iterable[Output], dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        outputs: Iterable[Output],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool = False,
     ) -> None:
-        outputs = list(outputs)
+        outputs, self.exact = list(outputs), exact
         self.sizes = [output.rows.size for output in outputs]
         self.weight: Tensor | None = torch.empty(
             sum(self.sizes), in_features, dtype=dtype, device=device
@@ -67,7 +77,7 @@ class ColumnParallelLinear:
             start += output.rows.size
         self._run: PackedLinear | None = None
 
-    def pack(self, backend: KernelBackend) -> None:
+    def pack(self, backend: LinearPacker) -> None:
         """Hand the filled weight to the backend and drop our own reference."""
         if self.weight is not None:
             self._run = backend.pack_linear(self.weight, self.bias)
@@ -90,6 +100,8 @@ class RowParallelLinear:
 
     With `reduce` off the sum is left to the caller.
     """
+
+    exact = False
 
     def __init__(
         self,
@@ -115,7 +127,7 @@ class RowParallelLinear:
             self.pieces.append(Piece(bias, self.bias))
         self._run: PackedLinear | None = None
 
-    def pack(self, backend: KernelBackend) -> None:
+    def pack(self, backend: LinearPacker) -> None:
         """Hand the filled weight to the backend; only rank 0 keeps the bias."""
         if self.weight is not None:
             bias = self.bias if self._group.rank == 0 else None

@@ -36,6 +36,13 @@ def is_adjusted(row: SampleRow) -> bool:
     )
 
 
+def is_plainly_greedy(row: SampleRow) -> bool:
+    """Whether the row takes the largest of its logits as they are, and nothing more is asked."""
+    params = row.params
+    greedy = params.temperature == 0.0 or params.top_k == 1
+    return greedy and params.logprobs is None and not is_adjusted(row)
+
+
 def adjust(logits: Tensor, row: SampleRow, vocab: Span, eos_token_ids: Sequence[int]) -> None:
     """Change one row's slice of the logits in place.
 

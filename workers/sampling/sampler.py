@@ -24,12 +24,12 @@ from phalanx.workers.parallel import TensorParallel
 from .candidates import NO_TOKEN
 from .exchange import exchange
 from .filtered import FilteredRows
-from .logits import adjust, is_adjusted
+from .logits import adjust, is_adjusted, is_plainly_greedy
 from .logprobs import Distribution, better_tokens, local_parts
 from .random import first_max, gumbel_max
 from .rows import Chosen, SampleRow, select_rows, stream_keys
 
-__all__ = ["SampleRow", "Sampled", "Sampler"]
+__all__ = ["SampleRow", "Sampled", "Sampler", "is_plainly_greedy"]
 
 SPARE_RANKS = 12  # top entries gathered beyond those asked for: they often rank the sampled token
 
@@ -114,6 +114,31 @@ class Sampler:
         filtered.decide(self._group, gathered, failed, chosen)
         logprobs = self._logprobs(gathered, raw, groups.scored, chosen, tops)
         return _results(chosen, failed.tolist(), groups.scored, logprobs)
+
+    @torch.inference_mode()
+    def take_best(self, columns: Tensor, values: Tensor) -> list[Sampled]:
+        """What `sample` gives for rows that are all `is_plainly_greedy`.
+
+        columns, values [rows]: the largest logit of this rank's slice, NaN where one is broken.
+        """
+        if self._group.size == 1:
+            pairs = zip(columns.tolist(), values.tolist(), strict=True)
+            return [
+                Sampled(0, None, [], BROKEN)
+                if math.isnan(value)
+                else Sampled(self._first_id + column, None, [])
+                for column, value in pairs
+            ]
+        broken = values.isnan()
+        values = values.masked_fill(broken, 0.0).double()
+        ids = (columns + self._first_id).double()
+        # the parts of `sample`, as another rank may call that
+        parts = {"broken": broken.float(), "slice": values.new_tensor([self._vocab.size])}
+        parts["winners"] = torch.stack([ids, values, values], dim=-1)
+        gathered = exchange(self._group, parts)
+        chosen = Chosen.empty(len(columns))
+        chosen.put(torch.arange(len(columns)), *_merge_winners(gathered["winners"]))
+        return _results(chosen, (gathered["broken"].amax(0) > 0).tolist(), [], [])
 
     @torch.inference_mode()
     def score(

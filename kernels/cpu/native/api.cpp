@@ -40,6 +40,10 @@ static Matrix* new_matrix(Backend* b, int64_t out, int64_t in, int32_t type, int
           nullptr, nullptr, nullptr, nullptr};
     m->data = (uint32_t*)b->arena.take(m->panels * m->units * kPanel * 4);
     m->bias = (float*)b->arena.take(m->panels * kPanel * 4);
+    if (type == kInt8) {
+        m->scales = (float*)b->arena.take(m->panels * kPanel * 4);
+        m->sums = (int32_t*)b->arena.take(m->panels * kPanel * 4);
+    }
     return m;
 }
 
@@ -65,38 +69,41 @@ static void pack_rows(Matrix* m, const char* weight, int64_t row_bytes, int64_t 
     }
 }
 
-// weight [out, in] of floats or bfloat16, row by row; bias [out] floats or null.
-PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_t out, int64_t in,
-                            const float* bias) {
-    Turn turn(b->busy);
-    int64_t per_word = type == kFloat ? 1 : 2;
-    Matrix* m = new_matrix(b, out, in, type, per_word);
-    if (bias) std::memcpy(m->bias, bias, out * 4);
-    b->pool.run([&](Team& team) {
-        team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
-            pack_rows(m, (const char*)weight, in * type_bytes(type), per_word, begin, end);
-        });
-    });
-    return m;
+// Rows of panel p as levels [32, units * 4], with their scales and the sums that undo kUnsigned.
+static void quantize_panel(Backend* b, Matrix* m, const char* weight, int32_t type, int64_t p,
+                           int8_t* levels) {
+    int64_t padded = m->units * 4;
+    for (int64_t i = 0; i < least(kPanel, m->out - p * kPanel); i++) {
+        int64_t row = p * kPanel + i;
+        int8_t* place = levels + i * padded;
+        m->scales[row] = b->isa->quantize(weight + row * m->in * type_bytes(type), type, m->in,
+                                          padded, 0, (uint8_t*)place);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < padded; k++) sum += place[k];
+        m->sums[row] = kUnsigned * sum;
+    }
 }
 
-// weight [out, in] of int8, scales [out]: weight_float = scale * int8.
-PHX_EXPORT Matrix* phx_pack_int8(Backend* b, const int8_t* weight, const float* scales,
-                                 int64_t out, int64_t in, const float* bias) {
+// weight [out, in] of floats or bfloat16, row by row; bias [out] floats or null. With `packed`
+// kInt8 the weight is rounded to levels with a scale for each output, else `packed` is `type`.
+PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_t out, int64_t in,
+                            const float* bias, int32_t packed) {
     Turn turn(b->busy);
-    Matrix* m = new_matrix(b, out, in, kInt8, 4);
-    m->scales = (float*)b->arena.take(m->panels * kPanel * 4);
-    m->sums = (int32_t*)b->arena.take(m->panels * kPanel * 4);
-    std::memcpy(m->scales, scales, out * 4);
+    int64_t per_word = 4 / type_bytes(packed);
+    Matrix* m = new_matrix(b, out, in, packed, per_word);
     if (bias) std::memcpy(m->bias, bias, out * 4);
-    for (int64_t o = 0; o < out; o++) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < in; i++) sum += weight[o * in + i];
-        m->sums[o] = 128 * sum;
-    }
     b->pool.run([&](Team& team) {
         team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
-            pack_rows(m, (const char*)weight, in, 4, begin, end);
+            if (packed != kInt8) {
+                pack_rows(m, (const char*)weight, in * type_bytes(type), per_word, begin, end);
+                return;
+            }
+            int64_t bytes = m->units * 4;
+            auto* levels = (int8_t*)b->scratch[team.thread].get(kPanel * bytes);
+            for (int64_t p = begin; p < end; p++) {
+                quantize_panel(b, m, (const char*)weight, type, p, levels);
+                pack_rows(m, (const char*)levels - p * kPanel * bytes, bytes, 4, p, p + 1);
+            }
         });
     });
     return m;
@@ -118,47 +125,66 @@ PHX_EXPORT void phx_unpack_rows(const Matrix* m, const int64_t* ids, int64_t cou
 }
 
 // bfloat16 rows of odd length end in half a word: copied, with a zero behind them.
-static const void* even_rows(Backend* b, const void* x, int64_t rows, int64_t in) {
-    char* copy = (char*)b->rows.get(rows * (in + 1) * 2);
+static void even_rows(const void* x, int64_t rows, int64_t in, char* copy) {
     for (int64_t row = 0; row < rows; row++) {
         std::memcpy(copy + row * (in + 1) * 2, (const char*)x + row * in * 2, in * 2);
         std::memset(copy + (row * (in + 1) + in) * 2, 0, 2);
     }
-    return copy;
 }
 
-// out [rows, matrix.out] = x [rows, in] @ weight.T + bias, both contiguous.
-PHX_EXPORT void phx_matmul(Backend* b, const Matrix* m, const void* x, int64_t rows, void* out,
-                           int32_t out_type) {
-    Turn turn(b->busy);
-    int64_t stride = m->in;
-    if (m->type == kBf16 && m->in % 2) {
-        x = even_rows(b, x, rows, m->in);
-        stride++;
+// Calls body(team, operand) with x [rows, in] as the matrix multiplies it. An int8 matrix takes x
+// of either type, any other its own.
+template <class Body>
+static void with_operand(Backend* b, const Matrix* m, const void* x, int32_t x_type, int64_t rows,
+                         Body body) {
+    Operand operand{x, nullptr, m->in};
+    bool in_bytes = m->type == kInt8;
+    if (in_bytes) {
+        operand = {b->rows.get(rows * m->units * 4), (float*)b->scales.get(rows * 4), m->units * 4};
+    } else if (m->type == kBf16 && m->in % 2) {
+        operand = {b->rows.get(rows * (m->in + 1) * 2), nullptr, m->in + 1};
+        even_rows(x, rows, m->in, (char*)operand.x);
     }
     bool is_small = m->panels * m->units * kPanel * 4 < kWorthSharing;
     b->pool.run([&](Team& team) {
-        multiply(*b, team, *m, x, stride, rows, out, m->out, out_type);
+        if (in_bytes) {
+            team.split(rows, 4, [&](int64_t begin, int64_t end) {
+                for (int64_t row = begin; row < end; row++) {
+                    const char* from = (const char*)x + row * m->in * type_bytes(x_type);
+                    auto* place = (uint8_t*)operand.x + row * operand.stride;
+                    ((float*)operand.scales)[row] = b->isa->quantize(
+                        from, x_type, m->in, operand.stride, kUnsigned, place);
+                }
+            });
+        }
+        body(team, operand);
     }, is_small);
 }
 
-PHX_EXPORT void phx_matmul_int8(Backend* b, const Matrix* m, const void* x, int32_t x_type,
-                                int64_t rows, void* out, int32_t out_type) {
+// out [rows, matrix.out] = x [rows, in] @ weight.T + bias, both contiguous.
+PHX_EXPORT void phx_matmul(Backend* b, const Matrix* m, const void* x, int32_t x_type,
+                           int64_t rows, void* out, int32_t out_type) {
     Turn turn(b->busy);
-    int64_t padded = m->units * 4;
-    auto* bytes = (uint8_t*)b->rows.get(rows * padded);
-    auto* scales = (float*)b->ints.get(rows * 4);
-    b->pool.run([&](Team& team) {
-        team.split(rows, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) {
-                const char* from = (const char*)x + row * m->in * type_bytes(x_type);
-                scales[row] = b->isa->quantize(from, x_type, m->in, padded, bytes + row * padded);
-            }
-        });
-        team.split(m->panels, 1, [&](int64_t begin, int64_t end) {
-            b->isa->matmul_int8(*m, bytes, padded, scales, rows, out, m->out, out_type, begin, end);
-        });
+    with_operand(b, m, x, x_type, rows, [&](Team& team, const Operand& operand) {
+        multiply(*b, team, *m, operand, rows, out, m->out, out_type);
     });
+}
+
+// The first largest output of every row: values [rows], NaN where one is not finite; ids [rows].
+PHX_EXPORT void phx_best(Backend* b, const Matrix* m, const void* x, int32_t x_type, int64_t rows,
+                         float* values, int64_t* ids) {
+    Turn turn(b->busy);
+    int64_t threads = b->pool.size();
+    auto* winners = (Winner*)b->winners.get(threads * rows * sizeof(Winner));
+    for (int64_t i = 0; i < threads * rows; i++) winners[i] = {-INFINITY, m->out};
+    with_operand(b, m, x, x_type, rows, [&](Team& team, const Operand& operand) {
+        find_best(*b, team, *m, operand, rows, winners);
+    });
+    for (int64_t row = 0; row < rows; row++) {
+        Winner best = merge(winners, threads, rows, row);
+        values[row] = best.value;
+        ids[row] = best.id;
+    }
 }
 
 PHX_EXPORT void phx_rms_norm(Backend* b, const void* delta, void* residual, const void* weight,
@@ -197,7 +223,8 @@ PHX_EXPORT void phx_rope(Backend* b, const void* heads, int64_t stride, const vo
     });
 }
 
-// key or value [rows, kv_heads, dim], `stride` elements between rows, into the pool's slots.
+// key or value [rows, kv_heads, dim], `stride` elements between rows, into the pool's slots; of an
+// int8 pool, with their scales.
 PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_t type, void* pool,
                           int32_t pool_type, int64_t head_stride, const int64_t* slots,
                           int64_t rows, int64_t kv_heads, int64_t dim) {
@@ -205,6 +232,11 @@ PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t head = 0; head < kv_heads; head++) {
             const char* in = (const char*)source + (row * stride + head * dim) * type_bytes(type);
+            if (pool_type == kInt8) {
+                int64_t at = head * head_stride + slots[row] * (dim + kScaleBytes);
+                store_levels(*b->isa, in, type, dim, (int8_t*)pool + at);
+                continue;
+            }
             int64_t at = head * head_stride + slots[row] * dim;
             char* out = (char*)pool + at * type_bytes(pool_type);
             b->isa->convert(in, type, dim, out, pool_type);

@@ -11,6 +11,9 @@
 //   4. values become panels of 32 dimensions, sums += weights x values, the same loop. Where all
 //      is bfloat16, the weights are rounded to it, so that pairs of keys are multiplied at once.
 //
+// An int8 pool is read as it is: a level is a whole number that bfloat16 holds exactly, so the
+// products are those of levels, and scales are multiplied into scores and weights.
+//
 // Each query row runs through tiles that begin at multiples of 64 and partitions that begin at
 // multiples of 512, and within them through keys in order. A masked key adds an exact zero and a
 // tile without visible keys changes nothing. So a row's bits depend neither on its batch mates
@@ -20,12 +23,15 @@ struct Row {  // a query row's place
     int64_t position, head;
 };
 
-// Raw products -> scores [64] of the keys from `begin` on; masked ones are -infinity.
-static void bias_and_mask(const Attention& call, Row row, int64_t begin, float* scores) {
+// Raw products -> scores [64] of the keys from `begin` on; masked ones are -infinity. With an int8
+// pool the products are those of levels, and each key has a scale.
+static void bias_and_mask(const Attention& call, Row row, int64_t begin, const float* key_scales,
+                          float* scores) {
     float slope = call.slopes ? call.slopes[row.head] : 0.0f;
     V scale = set1(call.scale), cap = set1(call.softcap);
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V x = mul(load(scores + j), scale);
+        if (call.pool_type == kInt8) x = mul(x, load(key_scales + j));
         if (call.softcap > 0.0f) x = mul(cap, hyperbolic_tangent(divide(x, cap)));
         store(scores + j, x);
     }
@@ -55,9 +61,10 @@ INLINE float exponential(float x) {
 }
 
 // Scores [64] become weights, as bfloat16 at the same place if `pairs`; peak, weight and the
-// row's sums follow the moving maximum.
-static void soften(float* scores, bool pairs, float* peak, float* weight, float* sums,
-                   int64_t rows, int64_t slices) {
+// row's sums follow the moving maximum. `value_scales` (null = none) are multiplied into what the
+// values are weighted by, not into the sum of weights.
+static void soften(float* scores, bool pairs, const float* value_scales, float* peak,
+                   float* weight, float* sums, int64_t rows, int64_t slices) {
     V top = load(scores);
     for (int64_t j = kWidth; j < kKeys; j += kWidth) top = maximum(top, load(scores + j));
     float now = largest(top);
@@ -70,7 +77,10 @@ static void soften(float* scores, bool pairs, float* peak, float* weight, float*
     V total = zero(), shift = set1(*peak);
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V p = exponential(sub(load(scores + j), shift));
-        if (pairs) {
+        if (value_scales) {
+            V scaled = mul(p, load(value_scales + j));
+            if (pairs) store((bf16*)scores + j, scaled); else store(scores + j, scaled);
+        } else if (pairs) {
             bf16* place = (bf16*)scores + j;
             store(place, p);
             p = load(place);  // what was rounded is what is counted
@@ -130,7 +140,8 @@ static void mix_values(const Attention& call, const Tile& tile, const Tile& next
     int64_t slices = (call.dim + kPanel - 1) / kPanel, count = tile.count();
     bool pairs = in_pairs(call);
     if (pairs) {
-        pack_value_pairs(call, tile, next, (uint32_t*)s.values);
+        auto* pack = call.pool_type == kInt8 ? pack_value_pairs<int8_t> : pack_value_pairs<bf16>;
+        pack(call, tile, next, (uint32_t*)s.values);
     } else {
         pack_values(call, tile, next, s.values);
     }
@@ -150,6 +161,9 @@ static void mix_values(const Attention& call, const Tile& tile, const Tile& next
 static void attend_tile(const Attention& call, const Tile& tile, const Tile& next,
                         const AttentionScratch& s, const Row* places, int64_t rows) {
     int64_t units = key_units(call), slices = (call.dim + kPanel - 1) / kPanel;
+    bool scaled = call.pool_type == kInt8;
+    if (scaled) read_scales(call, call.keys, tile, s.key_scales);
+    if (scaled) read_scales(call, call.values, tile, s.value_scales);
     pack_keys(call, tile, next, s);
     for (int64_t half = 0; half * kPanel < tile.count(); half++) {
         const uint32_t* panel = s.keys + half * units * kPanel;
@@ -162,9 +176,10 @@ static void attend_tile(const Attention& call, const Tile& tile, const Tile& nex
     }
     for (int64_t r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], tile.begin, scores);
+        bias_and_mask(call, places[r], tile.begin, s.key_scales, scores);
         float* sums = s.part + r * kPanel;
-        soften(scores, in_pairs(call), s.peak + r, s.weight + r, sums, rows, slices);
+        soften(scores, in_pairs(call), scaled ? s.value_scales : nullptr, s.peak + r, s.weight + r,
+               sums, rows, slices);
     }
     mix_values(call, tile, next, s, rows);
 }

@@ -57,13 +57,57 @@ void* Buffer::get(int64_t bytes) {
     return data_;
 }
 
-void multiply(Backend& backend, Team& team, const Matrix& matrix, const void* x, int64_t x_stride,
+namespace {
+void multiply_panels(const Isa& isa, const Matrix& matrix, const Operand& operand, int64_t rows,
+                     void* out, int64_t out_stride, int32_t out_type, int64_t begin, int64_t end) {
+    if (matrix.type == kInt8) {
+        return isa.matmul_int8(matrix, (const uint8_t*)operand.x, operand.stride, operand.scales,
+                               rows, out, out_stride, out_type, begin, end);
+    }
+    auto* matmul = matrix.type == kFloat ? isa.matmul_float : isa.matmul_bf16;
+    matmul(matrix, operand.x, operand.stride, rows, out, out_stride, out_type, begin, end);
+}
+}  // namespace
+
+void multiply(Backend& backend, Team& team, const Matrix& matrix, const Operand& operand,
               int64_t rows, void* out, int64_t out_stride, int32_t out_type) {
     if (rows == 0) return;
     team.split(matrix.panels, 1, [&](int64_t begin, int64_t end) {
-        auto* matmul = matrix.type == kFloat ? backend.isa->matmul_float : backend.isa->matmul_bf16;
-        matmul(matrix, x, x_stride, rows, out, out_stride, out_type, begin, end);
+        multiply_panels(*backend.isa, matrix, operand, rows, out, out_stride, out_type, begin, end);
     });
+}
+
+void find_best(Backend& backend, Team& team, const Matrix& matrix, const Operand& operand,
+               int64_t rows, Winner* winners) {
+    constexpr int64_t kGroup = 4;  // panels whose outputs stay in the cache
+    team.split(matrix.panels, 1, [&](int64_t begin, int64_t end) {
+        constexpr int64_t kStride = kGroup * kPanel;
+        auto* out = (float*)backend.scratch[team.thread].get(rows * kStride * 4);
+        Winner* own = winners + team.thread * rows;
+        for (int64_t p = begin; p < end; p += kGroup) {
+            int64_t stop = least(p + kGroup, end), first = p * kPanel;
+            int64_t count = least(stop * kPanel, matrix.out) - first;
+            multiply_panels(*backend.isa, matrix, operand, rows, out - first, kStride, kFloat, p,
+                            stop);
+            for (int64_t row = 0; row < rows; row++) {
+                const float* x = out + row * kStride;
+                int64_t i = backend.isa->argmax(x, count);
+                float flaw = backend.isa->flaw(x, count), value = x[i] + flaw;
+                // a thread's chunks come in order, so that the first of equals stays
+                if (value > own[row].value || flaw != flaw) own[row] = {value, first + i};
+            }
+        }
+    });
+}
+
+Winner merge(const Winner* winners, int64_t threads, int64_t rows, int64_t row) {
+    Winner best = winners[row];
+    for (int64_t t = 1; t < threads && best.value == best.value; t++) {
+        Winner other = winners[t * rows + row];
+        bool equal = other.value == best.value && other.id < best.id;
+        if (!(other.value <= best.value) || equal) best = other;
+    }
+    return best;
 }
 
 void plan_units(const Attention& call, const Spans& spans, std::vector<AttentionUnit>& units) {

@@ -34,20 +34,41 @@ struct Backend {
     Pool pool;
     Arena arena;
     std::vector<Buffer> scratch;  // one a thread
-    Buffer rows, ints;
+    Buffer rows, scales, winners;
     std::mutex busy;  // ranks that are threads of one process may share a backend
     std::vector<AttentionUnit> units;
 };
 
-// A matrix product by the running team. `x` rows are words of the matrix's type, x_stride in
-// elements.
-void multiply(Backend& backend, Team& team, const Matrix& matrix, const void* x, int64_t x_stride,
+// What a product multiplies: rows in the matrix's type, `stride` elements apart, bytes with scales.
+struct Operand {
+    const void* x;
+    const float* scales;
+    int64_t stride;
+};
+
+// A matrix product by the running team.
+void multiply(Backend& backend, Team& team, const Matrix& matrix, const Operand& operand,
               int64_t rows, void* out, int64_t out_stride, int32_t out_type);
+
+struct Winner {
+    float value;  // NaN: some output of the row is not finite
+    int64_t id;
+};
+
+// The largest output of every row of a product, the first of several, which is not written down.
+// winners [threads, rows]: each thread's own; `merge` has the last word.
+void find_best(Backend& backend, Team& team, const Matrix& matrix, const Operand& operand,
+               int64_t rows, Winner* winners);
+Winner merge(const Winner* winners, int64_t threads, int64_t rows, int64_t row);
+
+// A key or value into an int8 pool: levels, then their scale.
+inline void store_levels(const Isa& isa, const void* x, int32_t type, int64_t dim, int8_t* out) {
+    float scale = isa.quantize(x, type, dim, dim, 0, (uint8_t*)out);
+    std::memcpy(out + dim, &scale, kScaleBytes);
+}
 
 // Fills `units`; then the team calls `attend`.
 void plan_units(const Attention& call, const Spans& spans, std::vector<AttentionUnit>& units);
 void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans);
-
-inline int64_t type_bytes(int32_t type) { return type == kFloat ? 4 : 2; }
 
 }  // namespace phalanx

@@ -43,6 +43,12 @@ constexpr int64_t kQueryRows = 48;  // query rows of one tile: tokens x heads, o
 constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
 
 enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
+INLINE int64_t type_bytes(int32_t type) { return type == kFloat ? 4 : type == kBf16 ? 2 : 1; }
+
+// Activations are unsigned bytes, 128 standing for 0, as the products of bytes want one operand.
+constexpr int32_t kUnsigned = 128;
+// A token of one head in an int8 pool: its levels, and behind them their scale, a float.
+constexpr int64_t kScaleBytes = 4;
 
 // A weight [out, in] cut into panels of 32 outputs. A panel is [units][32] words of 32 bits; a
 // word holds one float, two bfloat16 or four int8 of consecutive inputs. Missing outputs and
@@ -53,7 +59,7 @@ struct Matrix {
     uint32_t* data;
     float* bias;    // [panels * 32], zeros where there is none
     float* scales;  // int8: [panels * 32], weight = scale * int8
-    int32_t* sums;  // int8: [panels * 32], 128 * sum of the row's int8
+    int32_t* sums;  // int8: [panels * 32], kUnsigned * sum of the row's int8
 };
 
 // Where one step's sequences stand in the batch and in the pages.
@@ -72,9 +78,10 @@ struct Attention {
     int64_t query_stride, heads, kv_heads, dim;
     int32_t type;       // of query and output
     int32_t pool_type;
-    const void* keys;   // [kv_heads, blocks, block_size, dim]
+    const void* keys;   // [kv_heads, blocks, block_size, row]
     const void* values;
     int64_t head_stride, block_size;  // elements between heads; tokens of a block
+    int64_t row;                      // elements of a token and head: dim, or dim + kScaleBytes
     float scale, softcap;             // softcap 0 = none
     int64_t window;                   // 0 = none, else a query sees the last `window` tokens
     const float* slopes;              // ALiBi, [heads], or null
@@ -92,8 +99,10 @@ struct Isa {
                             void* out, int64_t out_stride, int32_t out_type, int64_t begin,
                             int64_t end);
     Matmul matmul_float, matmul_bf16;
-    // Dynamic int8: one row to unsigned bytes (128 = zero), returns its scale.
-    float (*quantize)(const void* x, int32_t type, int64_t size, int64_t padded, uint8_t* out);
+    // One row to bytes round(x / scale) + zero, and zeros up to `padded`; returns its scale,
+    // largest |x| / 127, which is NaN where a number is not finite.
+    float (*quantize)(const void* x, int32_t type, int64_t size, int64_t padded, int32_t zero,
+                      uint8_t* out);
     using MatmulInt8 = void (*)(const Matrix& matrix, const uint8_t* x, int64_t x_stride,
                                 const float* x_scales, int64_t rows, void* out,
                                 int64_t out_stride, int32_t out_type, int64_t begin, int64_t end);
@@ -114,10 +123,12 @@ struct Isa {
     void (*attention)(const Attention& call, const Spans& spans, const AttentionUnit& unit,
                       const AttentionUnit* after, void* scratch);
     int64_t (*argmax)(const float* x, int64_t size);  // the first of several
+    float (*flaw)(const float* x, int64_t size);      // 0, or NaN where one is not finite
 };
 
 const Isa* isa_plain();
 const Isa* isa_avx2();        // null where the compiler has no such target
+const Isa* isa_avx2_vnni();
 const Isa* isa_avx512();
 const Isa* isa_avx512_bf16();
 const Isa* isa_amx();

@@ -11,6 +11,14 @@ constexpr int64_t kRows = 192;  // rows that go through the feed-forward block t
 
 constexpr int64_t kGrain = 4;  // rows of elementwise work that are worth sharing
 
+bool has_bytes(const Stack& stack) { return stack.layers[0].qkv->type == kInt8; }
+
+// Bytes between rows of what a matrix of `width` inputs multiplies: rows of bfloat16 begin at whole
+// pairs and rows of bytes at whole words; the pad stays zero.
+int64_t row_stride(const Stack& stack, int64_t width) {
+    return has_bytes(stack) ? round_up(width, 4) : round_up(width, 2) * type_bytes(stack.type);
+}
+
 // One thread's view of a running step. All threads of the team make the same calls.
 struct Program {
     Backend& backend;
@@ -20,8 +28,24 @@ struct Program {
     Team& team;
 
     int64_t bytes() const { return type_bytes(stack.type); }
-    // Rows of bfloat16 pairs begin at whole pairs; the pad stays zero.
-    int64_t padded_inner() const { return round_up(stack.inner, 2); }
+    bool in_bytes() const { return has_bytes(stack); }
+    int64_t stride(int64_t width) const { return row_stride(stack, width); }
+
+    // Calls body(row, wide) for each of `rows`, which fills `wide` [width]; it is what a product
+    // multiplies, row by row at `out`.
+    template <class Body>
+    void quantized(int64_t rows, int64_t grain, int64_t width, char* out, float* scales,
+                   Body body) const {
+        team.split(rows, grain, [&](int64_t first, int64_t last) {
+            auto* wide = (float*)backend.scratch[team.thread].get(width * 4);
+            for (int64_t row = first; row < last; row++) {
+                body(row, wide);
+                auto* place = (uint8_t*)out + row * stride(width);
+                scales[row] = backend.isa->quantize(wide, kFloat, width, stride(width), kUnsigned,
+                                                    place);
+            }
+        });
+    }
 
     void begin() const {
         team.split(step.tokens, kGrain, [&](int64_t first, int64_t last) {
@@ -32,11 +56,10 @@ struct Program {
     }
 
     // residual += what the last half computed; out = norm(residual), row by row.
-    void norm_row(int64_t row, const float* weight, bool fresh, char* out) const {
+    void norm_row(int64_t row, const float* weight, bool fresh, void* out, int32_t type) const {
         int64_t place = row * stack.hidden;
         backend.isa->rms_norm(fresh ? nullptr : step.delta + place, kFloat, at.residual + place,
-                              kFloat, weight, kFloat, 0.0f, stack.eps, stack.hidden, out,
-                              stack.type);
+                              kFloat, weight, kFloat, 0.0f, stack.eps, stack.hidden, out, type);
     }
     // What norm_row would norm after the last half.
     void add_row(int64_t row, float* out) const {
@@ -46,16 +69,25 @@ struct Program {
         }
     }
     void norm(const float* weight, bool fresh) const {
+        if (in_bytes()) {
+            auto body = [&](int64_t row, float* wide) {
+                norm_row(row, weight, fresh, wide, kFloat);
+            };
+            return quantized(step.tokens, kGrain, stack.hidden, at.operand, at.scales, body);
+        }
         team.split(step.tokens, kGrain, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; row++) {
-                norm_row(row, weight, fresh, at.normed + row * stack.hidden * bytes());
+                char* out = at.operand + row * stack.hidden * bytes();
+                norm_row(row, weight, fresh, out, stack.type);
             }
         });
     }
 
-    void product(const Matrix& matrix, const char* x, int64_t stride, int64_t rows,
+    // Rows of what a matrix multiplies, `stride` apart.
+    void product(const Matrix& matrix, const char* x, const float* scales, int64_t rows,
                  float* out) const {
-        multiply(backend, team, matrix, x, stride, rows, out, matrix.out, kFloat);
+        int64_t elements = in_bytes() ? stride(matrix.in) : stride(matrix.in) / bytes();
+        multiply(backend, team, matrix, {x, scales, elements}, rows, out, matrix.out, kFloat);
     }
 
     // Queries and keys turned, keys and values into their slots.
@@ -74,9 +106,15 @@ struct Program {
         }
         bool is_key = head < turned;
         int64_t kv_head = head - (is_key ? stack.heads : turned);
-        int64_t place = kv_head * stack.head_stride + step.slots[row] * stack.dim;
+        int64_t place = kv_head * stack.head_stride + step.slots[row] * stack.row;
         char* pool = (char*)(is_key ? layer.keys : layer.values);
         char* out = pool + place * type_bytes(stack.pool_type);
+        if (stack.pool_type == kInt8) {
+            float turned_key[kMostDim];
+            if (is_key) turn(in, layer.key_norm, row, (char*)turned_key, kFloat);
+            const float* source = is_key ? turned_key : in;
+            return store_levels(*backend.isa, source, kFloat, stack.dim, (int8_t*)out);
+        }
         if (is_key) return turn(in, layer.key_norm, row, out, stack.pool_type);
         backend.isa->convert(in, kFloat, stack.dim, out, stack.pool_type);
     }
@@ -95,26 +133,46 @@ struct Program {
     void attention(const Layer& layer) const {
         int64_t width = stack.heads * stack.dim;
         if (stack.heads) {
-            product(*layer.qkv, at.normed, stack.hidden, step.tokens, at.qkv);
+            product(*layer.qkv, at.operand, at.scales, step.tokens, at.qkv);
             place_heads(layer);
             Attention call{at.query, at.attended, width, stack.heads, stack.kv_heads, stack.dim,
                            stack.type, stack.pool_type, layer.keys, layer.values,
-                           stack.head_stride, stack.block_size, stack.scale, stack.softcap,
-                           layer.window, layer.slopes, layer.sinks};
+                           stack.head_stride, stack.block_size, stack.row, stack.scale,
+                           stack.softcap, layer.window, layer.slopes, layer.sinks};
             attend(backend, team, call, *step.spans);
         }
-        product(*layer.output, at.attended, width, step.tokens, step.delta);
+        if (!in_bytes()) {
+            return product(*layer.output, at.attended, nullptr, step.tokens, step.delta);
+        }
+        quantized(step.tokens, kGrain, width, at.operand, at.scales, [&](int64_t row, float* wide) {
+            const char* from = at.attended + row * width * bytes();
+            backend.isa->convert(from, stack.type, width, wide, kFloat);
+        });
+        product(*layer.output, at.operand, at.scales, step.tokens, step.delta);
     }
 
     void feed_forward(const Layer& layer) const {
         for (int64_t start = 0; start < step.tokens; start += kRows) {
-            int64_t rows = least(kRows, step.tokens - start), place = start * stack.hidden;
-            product(*layer.gate_up, at.normed + place * bytes(), stack.hidden, rows, at.gate_up);
-            team.split(rows * stack.inner, kGrain * stack.inner, [&](int64_t first, int64_t last) {
-                activate(first, last);
-            });
-            product(*layer.down, at.inner, padded_inner(), rows, step.delta + place);
+            int64_t rows = least(kRows, step.tokens - start);
+            const char* x = at.operand + start * stride(stack.hidden);
+            product(*layer.gate_up, x, at.scales + start, rows, at.gate_up);
+            activate_rows(rows);
+            float* out = step.delta + start * stack.hidden;
+            product(*layer.down, at.inner, at.inner_scales, rows, out);
         }
+    }
+    void activate_rows(int64_t rows) const {
+        int64_t inner = stack.inner;
+        if (in_bytes()) {
+            auto body = [&](int64_t row, float* wide) {
+                const float* gate = at.gate_up + row * 2 * inner;
+                backend.isa->silu_mul(gate, gate + inner, kFloat, inner, wide, kFloat);
+            };
+            return quantized(rows, 1, inner, at.inner, at.inner_scales, body);
+        }
+        team.split(rows * inner, kGrain * inner, [&](int64_t first, int64_t last) {
+            activate(first, last);
+        });
     }
     // Elements [first, last) of [rows, inner].
     void activate(int64_t first, int64_t last) const {
@@ -123,7 +181,7 @@ struct Program {
             int64_t row = i / inner, column = i % inner;
             size = least(inner - column, last - i);
             const float* gate = at.gate_up + row * 2 * inner + column;
-            char* out = at.inner + (row * padded_inner() + column) * bytes();
+            char* out = at.inner + row * stride(inner) + column * bytes();
             backend.isa->silu_mul(gate, gate + inner, kFloat, size, out, stack.type);
         }
     }
@@ -143,7 +201,7 @@ struct Program {
                     continue;
                 }
                 char* out = (char*)step.hidden + i * stack.hidden * bytes();
-                norm_row(step.rows[i], stack.final_norm, false, out);
+                norm_row(step.rows[i], stack.final_norm, false, out, stack.type);
             }
         });
     }
@@ -152,23 +210,28 @@ struct Program {
 // The buffers of a step in its memory, and their size when there is none.
 int64_t lay_out(const Stack& s, int64_t tokens, char* base, Activations* at) {
     int64_t width = type_bytes(s.type), rows = least(tokens, kRows), used = 0;
-    int64_t offsets[7], sizes[7] = {
+    int64_t operand = row_stride(s, s.hidden);
+    if (has_bytes(s)) operand = most(operand, row_stride(s, s.heads * s.dim));
+    int64_t offsets[9], sizes[9] = {
         tokens * s.hidden * 4,
         tokens * (s.heads + 2 * s.kv_heads) * s.dim * 4,
         rows * 2 * s.inner * 4,
-        tokens * s.hidden * width,
+        tokens * operand,
         tokens * s.heads * s.dim * width,
         tokens * s.heads * s.dim * width,
-        rows * round_up(s.inner, 2) * width,
+        rows * row_stride(s, s.inner),
+        tokens * 4,
+        rows * 4,
     };
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 9; i++) {
         offsets[i] = used;
         used += round_up(sizes[i], 64);
     }
     if (base) {
         *at = {(float*)(base + offsets[0]), (float*)(base + offsets[1]),
                (float*)(base + offsets[2]), base + offsets[3], base + offsets[4],
-               base + offsets[5], base + offsets[6]};
+               base + offsets[5], base + offsets[6], (float*)(base + offsets[7]),
+               (float*)(base + offsets[8])};
         if (s.inner % 2) std::memset(at->inner, 0, sizes[6]);
     }
     return used;

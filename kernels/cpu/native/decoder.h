@@ -12,7 +12,7 @@ struct Layer {
     const float *input_norm, *post_norm;  // [hidden], offset included
     const float *query_norm, *key_norm;   // [dim], or null
     const Matrix *qkv, *output, *gate_up, *down;
-    void *keys, *values;  // [kv_heads, blocks, block_size, dim]
+    void *keys, *values;  // [kv_heads, blocks, block_size, row], see Attention
     int64_t window;
     const float *slopes, *sinks;
 };
@@ -20,7 +20,7 @@ struct Layer {
 struct Stack {
     int64_t count, hidden, heads, kv_heads, dim, inner;
     int32_t type, pool_type;
-    int64_t head_stride, block_size;
+    int64_t head_stride, block_size, row;
     float scale, softcap, eps;
     const Layer* layers;
     const float* final_norm;  // null in a stack that others follow
@@ -49,10 +49,12 @@ struct Step {
     char* memory;            // kept from half to half: stack_bytes of it
 };
 
-// The buffers of one step, float32 between products and in the matrices' type before them.
+// The buffers of one step, float32 between products and in the matrices' type before them. What
+// int8 matrices multiply are bytes, with a scale for each row.
 struct Activations {
     float *residual, *qkv, *gate_up;
-    char *normed, *query, *attended, *inner;
+    char *operand, *query, *attended, *inner;
+    float *scales, *inner_scales;  // of `operand`, of `inner`
 };
 
 int64_t stack_bytes(const Stack& stack, int64_t tokens);

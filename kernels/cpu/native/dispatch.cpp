@@ -15,6 +15,10 @@ namespace {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the system saves the wide registers.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2_vnni() {
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -44,6 +48,7 @@ bool has_amx() {
 #else
 bool has_amx() { return false; }
 bool has_avx2() { return false; }
+bool has_avx2_vnni() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
 #endif
@@ -74,6 +79,7 @@ const Choice kChoices[] = {  // best first
     {"amx", isa_amx, has_amx},
     {"avx512_bf16", isa_avx512_bf16, has_avx512_bf16},
     {"avx512", isa_avx512, has_avx512},
+    {"avx2_vnni", isa_avx2_vnni, has_avx2_vnni},
     {"avx2", isa_avx2, has_avx2},
     {"plain", isa_plain, always},
     {"amx_imitated", isa_amx_imitated, always},  // never chosen; tests the walk over the tiles

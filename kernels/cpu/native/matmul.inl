@@ -157,11 +157,13 @@ static void matmul_int8_typed(const Matrix& m, const uint8_t* x, int64_t x_strid
             tile_of<ByteWords>(step, words, x_stride / 4, panel, m.units, sums, false);
             for (int64_t r = 0; r < step; r++) {
                 float* s = sums + r * kPanel;
-                for (int64_t i = 0; i < kPanel; i++) {
-                    int32_t exact;
-                    std::memcpy(&exact, s + i, 4);
-                    exact -= m.sums[first + i];
-                    s[i] = (float)exact * (x_scales[row + r] * m.scales[first + i]);
+                V x_scale = set1(x_scales[row + r]);
+                UNROLL for (int v = 0; v < kVectors; v++) {
+                    const uint32_t* zeros = (const uint32_t*)m.sums + first + v * kWidth;
+                    I sum = load_int((const uint32_t*)s + v * kWidth);
+                    V exact = to_float(subtract(sum, load_int(zeros)));
+                    V scale = mul(x_scale, load(m.scales + first + v * kWidth));
+                    store(s + v * kWidth, mul(exact, scale));
                 }
                 finish_row(s, m.bias + first, count, out + (row + r) * out_stride + first);
             }
@@ -177,24 +179,4 @@ static void matmul_int8(const Matrix& m, const uint8_t* x, int64_t x_stride, con
     } else {
         matmul_int8_typed(m, x, x_stride, x_scales, rows, (bf16*)out, out_stride, begin, end);
     }
-}
-
-template <class T>
-static float quantize_typed(const T* x, int64_t size, int64_t padded, uint8_t* out) {
-    float peak = 0.0f;
-    for (int64_t i = 0; i < size; i++) {
-        float magnitude = __builtin_fabsf(widen(x[i]));
-        peak = magnitude > peak ? magnitude : peak;
-    }
-    float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    for (int64_t i = 0; i < size; i++) {
-        out[i] = (uint8_t)((int)__builtin_nearbyintf(widen(x[i]) * inverse) + 128);
-    }
-    for (int64_t i = size; i < padded; i++) out[i] = 128;
-    return peak / 127.0f;
-}
-
-static float quantize(const void* x, int32_t type, int64_t size, int64_t padded, uint8_t* out) {
-    if (type == kFloat) return quantize_typed((const float*)x, size, padded, out);
-    return quantize_typed((const bf16*)x, size, padded, out);
 }

@@ -10,12 +10,15 @@ struct AttentionScratch {
     float* total;      // [slices, rows, 32] sums of all before it
     float* peak;       // [rows] maximum of the current partition, then of all before it [rows]
     float* weight;     // [rows] sum of weights, the same two
-    uint32_t* row;     // [2 * units] one key, padded or widened
+    uint32_t* row;     // [64, units] keys, padded or widened
+    float* key_scales;    // [64], of an int8 pool
+    float* value_scales;  // [64]
 };
 
-// Words of a query or key: pairs where both are bfloat16, else floats.
+// Words of a query or key: pairs where both are bfloat16, or as exact in it as bytes are; else
+// floats.
 INLINE bool in_pairs(const Attention& call) {
-    return call.type == kBf16 && call.pool_type == kBf16;
+    return call.type == kBf16 && call.pool_type != kFloat;
 }
 INLINE int64_t key_units(const Attention& call) {
     return in_pairs(call) ? (call.dim + 1) / 2 : call.dim;
@@ -39,6 +42,8 @@ static int64_t attention_layout(const Attention& call, AttentionScratch* s, char
     r.peak = (float*)take(2 * rows);
     r.weight = (float*)take(2 * rows);
     r.row = (uint32_t*)take(kKeys * units);
+    r.key_scales = (float*)take(kKeys);
+    r.value_scales = (float*)take(kKeys);
     if (s) *s = r;
     return used;
 }
@@ -49,6 +54,12 @@ static int64_t attention_scratch(const Attention& call) {
 // One key or query as words; `spare` is used where they do not stand so in memory.
 static const uint32_t* as_words(const void* p, int32_t type, bool pairs, int64_t dim,
                                 uint32_t* spare) {
+    if (type == kInt8) {
+        if (pairs && dim % 2) spare[dim / 2] = 0;
+        if (pairs) widen_levels((const int8_t*)p, dim, (bf16*)spare);
+        else widen_levels((const int8_t*)p, dim, (float*)spare);
+        return spare;
+    }
     if (pairs && dim % 2 == 0) return (const uint32_t*)p;
     if (pairs) {
         spare[dim / 2] = 0;
@@ -76,9 +87,9 @@ struct Tile {  // keys [begin, end), and the first element of each in the pool
         int64_t block = begin / call.block_size, offset = begin % call.block_size;
         for (int64_t j = 0; j < end - begin; block++, offset = 0) {
             int64_t first = pages.blocks[block] * call.block_size;
-            int64_t base = pages.head * call.head_stride + (first + offset) * call.dim;
+            int64_t base = pages.head * call.head_stride + (first + offset) * call.row;
             int64_t stop = least(end - begin, j + call.block_size - offset);
-            for (; j < stop; j++, base += call.dim) at[j] = base;
+            for (; j < stop; j++, base += call.row) at[j] = base;
         }
     }
     INLINE_MEMBER int64_t count() const { return end - begin; }
@@ -103,7 +114,15 @@ static Tile first_tile(const Attention& call, const Spans& spans, const Attentio
 }
 
 INLINE const char* element(const void* base, int32_t type, int64_t index) {
-    return (const char*)base + index * (type == kFloat ? 4 : 2);
+    return (const char*)base + index * type_bytes(type);
+}
+
+// The scales of a tile's keys or values, 0 behind its end.
+static void read_scales(const Attention& call, const void* base, const Tile& tile, float* scales) {
+    for (int64_t j = 0; j < kKeys; j++) {
+        scales[j] = 0.0f;
+        if (j < tile.count()) std::memcpy(scales + j, (const char*)base + tile.at[j] + call.dim, 4);
+    }
 }
 
 // Pages lie all over memory, where no prefetcher finds them: while a row is packed, the row at
@@ -111,7 +130,7 @@ INLINE const char* element(const void* base, int32_t type, int64_t index) {
 INLINE void ask_for(const Attention& call, const void* base, const Tile& next, int64_t j) {
     if (j >= next.count()) return;
     const char* row = element(base, call.pool_type, next.at[j]);
-    int64_t bytes = call.dim * (call.pool_type == kFloat ? 4 : 2);
+    int64_t bytes = call.row * type_bytes(call.pool_type);
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line);
 }
 
@@ -120,7 +139,8 @@ INLINE void ask_for(const Attention& call, const void* base, const Tile& next, i
 static void pack_keys(const Attention& call, const Tile& tile, const Tile& next,
                       const AttentionScratch& s) {
     int64_t units = key_units(call), count = tile.count();
-    bool pairs = in_pairs(call), in_place = pairs ? call.dim % 2 == 0 : call.pool_type == kFloat;
+    bool pairs = in_pairs(call), is_bf16 = call.pool_type == kBf16;
+    bool in_place = pairs ? is_bf16 && call.dim % 2 == 0 : call.pool_type == kFloat;
     const uint32_t* rows[kKeys];
     for (int64_t j = 0; j < round_up(count, kWidth); j++) {
         const char* key = element(call.keys, call.pool_type, tile.at[least(j, count - 1)]);
@@ -138,17 +158,21 @@ static void pack_keys(const Attention& call, const Tile& tile, const Tile& next,
     }
 }
 
+INLINE uint32_t bf16_bits(bf16 x) { return x.bits; }
+INLINE uint32_t bf16_bits(int8_t x) { return narrow((float)x).bits; }
+
 // Values [begin, end) of a tile -> panels of pairs of keys, [slices][64 / 2][32].
+template <class T>
 static void pack_value_pairs(const Attention& call, const Tile& tile, const Tile& next,
                              uint32_t* out) {
-    const bf16* base = (const bf16*)call.values;
-    const bf16 none[kPanel] = {};
+    const T* base = (const T*)call.values;
+    const T none[kPanel] = {};
     for (int64_t j = 0; j < tile.count(); j += 2) {
         ask_for(call, call.values, next, j);
         ask_for(call, call.values, next, j + 1);
-        const bf16* first = base + tile.at[j];
+        const T* first = base + tile.at[j];
         bool paired = j + 1 < tile.count();
-        const bf16* second = paired ? base + tile.at[j + 1] : nullptr;
+        const T* second = paired ? base + tile.at[j + 1] : nullptr;
         for (int64_t d = 0; d < call.dim; d += kPanel) {
             uint32_t* place = out + (d / kPanel * kKeys + j) / 2 * kPanel;
             if (d + kPanel <= call.dim) {
@@ -159,8 +183,8 @@ static void pack_value_pairs(const Attention& call, const Tile& tile, const Tile
             }
             for (int64_t i = 0; i < kPanel; i++) {
                 bool inside = d + i < call.dim;
-                uint32_t low = inside ? first[d + i].bits : 0;
-                uint32_t high = inside && paired ? second[d + i].bits : 0;
+                uint32_t low = inside ? bf16_bits(first[d + i]) : 0;
+                uint32_t high = inside && paired ? bf16_bits(second[d + i]) : 0;
                 place[i] = low | high << 16;
             }
         }
@@ -175,7 +199,9 @@ static void pack_values(const Attention& call, const Tile& tile, const Tile& nex
         for (int64_t d = 0; d < call.dim; d += kPanel) {
             int64_t count = least(kPanel, call.dim - d);
             float* place = out + (d / kPanel * kKeys + j) * kPanel;
-            convert(element(row, call.pool_type, d), call.pool_type, count, place, kFloat);
+            const char* from = element(row, call.pool_type, d);
+            if (call.pool_type == kInt8) widen_levels((const int8_t*)from, count, place);
+            else convert(from, call.pool_type, count, place, kFloat);
             for (int64_t i = count; i < kPanel; i++) place[i] = 0.0f;
         }
     }

@@ -143,6 +143,43 @@ static void rope(const void* in, int32_t in_type, const void* cos, const void* s
     });
 }
 
+template <class T>
+static float quantize_typed(const T* x, int64_t size, int64_t padded, int32_t zero_point,
+                            uint8_t* out) {
+    V peaks = zero(), broken = zero();
+    for (int64_t i = 0; i < size; i += kWidth) {
+        V v = load_some(x + i, least(kWidth, size - i));
+        peaks = maximum(peaks, maximum(v, sub(zero(), v)));
+        broken = fma(v, zero(), broken);  // 0, unless a number is not finite
+    }
+    float peak = largest(peaks), flaw = sum(broken);
+    V inverse = set1(flaw == 0.0f && peak > 1e-30f ? 127.0f / peak : 0.0f);
+    for (int64_t i = 0; i < size; i += kWidth) {
+        int64_t count = least(kWidth, size - i);
+        V v = flaw == 0.0f ? mul(load_some(x + i, count), inverse) : zero();
+        if (count == kWidth) {
+            store_levels(out + i, v, zero_point);
+        } else {
+            uint8_t rest[kWidth];
+            store_levels(rest, v, zero_point);
+            std::memcpy(out + i, rest, count);
+        }
+    }
+    std::memset(out + size, zero_point, padded - size);
+    return peak / 127.0f + flaw;
+}
+
+static float quantize(const void* x, int32_t type, int64_t size, int64_t padded,
+                      int32_t zero_point, uint8_t* out) {
+    if (type == kFloat) return quantize_typed((const float*)x, size, padded, zero_point, out);
+    return quantize_typed((const bf16*)x, size, padded, zero_point, out);
+}
+
+template <class Out>
+static void widen_levels(const int8_t* in, int64_t size, Out* out) {
+    for_vectors(size, out, [&](int64_t i, int64_t n) { return load_some(in + i, n); });
+}
+
 static void add_parts(const float* const* parts, int64_t count, int64_t size, float* total) {
     for_vectors(size, total, [&](int64_t i, int64_t n) {
         V x = load_some(parts[0] + i, n);
@@ -160,4 +197,12 @@ static int64_t argmax(const float* x, int64_t size) {
         if (x[i] == peak) return i;
     }
     return 0;
+}
+
+static float flaw(const float* x, int64_t size) {
+    V broken = zero();
+    for (int64_t i = 0; i < size; i += kWidth) {
+        broken = fma(load_some(x + i, least(kWidth, size - i)), zero(), broken);
+    }
+    return sum(broken);
 }

@@ -36,6 +36,15 @@ INLINE V load(const bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+INLINE V load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
+    __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(zero_point));
+    n = _mm256_and_si256(n, _mm256_set1_epi32(255));
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+}
 INLINE void store(bf16* p, V x) {
     __m256i bits = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -50,6 +59,11 @@ INLINE void zip(const bf16* first, const bf16* second, uint32_t* out) {
     __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)first));
     __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)second));
     _mm256_storeu_si256((__m256i*)out, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+}
+
+INLINE void zip(const int8_t* first, const int8_t* second, uint32_t* out) {
+    __m256i low = _mm256_srli_epi32(_mm256_castps_si256(load(first)), 16);
+    _mm256_storeu_si256((__m256i*)out, _mm256_or_si256(low, _mm256_castps_si256(load(second))));
 }
 
 using Pairs = __m256i;
@@ -67,13 +81,21 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 using I = __m256i;
 INLINE I zero_int() { return _mm256_setzero_si256(); }
 INLINE I load_int(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
+INLINE V to_float(I x) { return _mm256_cvtepi32_ps(x); }
+#ifdef PHX_BYTE_DOT
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
+    return _mm256_dpbusd_avx_epi32(acc, _mm256_set1_epi32((int)x), w);
+}
+#else
+INLINE I dot_bytes(I acc, I w, uint32_t x) {  // even and odd bytes apart: no sum saturates
     __m256i u = _mm256_set1_epi32((int)x), mask = _mm256_set1_epi16(0xff);
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_and_si256(u, mask)));
     return _mm256_add_epi32(
         acc, _mm256_madd_epi16(_mm256_srai_epi16(w, 8), _mm256_srli_epi16(u, 8)));
 }
+#endif
 
 INLINE void transpose(const uint32_t* const* rows, long offset, uint32_t* out, long stride) {
     __m256i a[8], b[8];

@@ -30,11 +30,25 @@ INLINE V load(const bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE V load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// p[i] = round(x[i]) + zero_point, as a byte
+INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
+    __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(zero_point));
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(n));
+}
 // out[i] = the pair (first[i], second[i])
 INLINE void zip(const bf16* first, const bf16* second, uint32_t* out) {
     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
     __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
     _mm512_storeu_si512(out, _mm512_or_epi32(low, _mm512_slli_epi32(high, 16)));
+}
+
+// the same of bytes, whose numbers bfloat16 holds exactly
+INLINE void zip(const int8_t* first, const int8_t* second, uint32_t* out) {
+    __m512i low = _mm512_srli_epi32(_mm512_castps_si512(load(first)), 16);
+    _mm512_storeu_si512(out, _mm512_or_epi32(low, _mm512_castps_si512(load(second))));
 }
 
 #ifdef PHX_BF16_DOT
@@ -72,6 +86,8 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 using I = __m512i;
 INLINE I zero_int() { return _mm512_setzero_si512(); }
 INLINE I load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
+INLINE I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
+INLINE V to_float(I x) { return _mm512_cvtepi32_ps(x); }
 #ifdef PHX_BF16_DOT  // every processor with the one has the other
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32((int)x), w);

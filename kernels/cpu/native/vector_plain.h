@@ -36,9 +36,16 @@ INLINE V keep_above(V value, V x, V limit) {
     return value;
 }
 INLINE V load(const bf16* p) { V r; PHX_LANES r.at[i] = widen(p[i]); return r; }
+INLINE V load(const int8_t* p) { V r; PHX_LANES r.at[i] = p[i]; return r; }
+INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
+    PHX_LANES p[i] = (uint8_t)((int32_t)__builtin_nearbyintf(x.at[i]) + zero_point);
+}
 INLINE void store(bf16* p, V x) { PHX_LANES p[i] = narrow(x.at[i]); }
 INLINE void zip(const bf16* first, const bf16* second, uint32_t* out) {
     PHX_LANES out[i] = first[i].bits | (uint32_t)second[i].bits << 16;
+}
+INLINE void zip(const int8_t* first, const int8_t* second, uint32_t* out) {
+    PHX_LANES out[i] = narrow(first[i]).bits | (uint32_t)narrow(second[i]).bits << 16;
 }
 
 struct Pairs { uint32_t at[8]; };
@@ -57,6 +64,8 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 
 INLINE I zero_int() { I r; PHX_LANES r.at[i] = 0; return r; }
 INLINE I load_int(const uint32_t* p) { I r; PHX_LANES r.at[i] = (int32_t)p[i]; return r; }
+INLINE I subtract(I a, I b) { PHX_LANES a.at[i] -= b.at[i]; return a; }
+INLINE V to_float(I x) { V r; PHX_LANES r.at[i] = (float)x.at[i]; return r; }
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
     PHX_LANES {
         for (int byte = 0; byte < 4; byte++) {

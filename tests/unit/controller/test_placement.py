@@ -114,6 +114,23 @@ def test_ranks_of_equal_place_hold_together_what_one_stage_holds(
         assert again == table * (model.tie_embeddings and pp_size > 1)
 
 
+def test_int8_halves_layers_and_cache_and_leaves_the_rest() -> None:
+    wide, narrow = (
+        plan(dtype=dtype, kv_dtype=dtype, kv_tokens=64) for dtype in ("bfloat16", "int8")
+    )
+    assert narrow.cache.dtype == "int8"
+    assert narrow.ranks[0].kv_per_token == 2 * 30 * 3 * (64 + 4)
+    hidden, inner, kv = 576, 1536, 192
+    linear = 30 * (2 * hidden * hidden + 2 * kv * hidden + 3 * hidden * inner)
+    scales = 4 * (30 * (2 * hidden + 2 * kv + 2 * inner + hidden) + 49152)
+    # the table is the embedding in two bytes, and the head in one
+    saved = linear - scales - 49152 * hidden
+    assert wide.ranks[0].weights - narrow.ranks[0].weights == saved
+    assert wide.ranks[0].rope_table == narrow.ranks[0].rope_table
+    # where inputs are rounded, they and the products are wide for a while
+    assert wide.ranks[0].activations <= narrow.ranks[0].activations
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     model=models(),
@@ -200,7 +217,7 @@ def test_refusal_says_how_many_tokens_fit() -> None:
         ({"max_running": -1}, "max_running is -1"),
         ({"kv_tokens": 0}, "kv_tokens is 0"),
         ({"kv_tokens": None}, "kv_tokens is needed"),
-        ({"dtype": "int8"}, "dtype is 'int8', allowed are float32"),
+        ({"dtype": "int4"}, "dtype is 'int4', allowed are float32"),
         ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8'"),
         ({"memory_per_rank": [10**9] * 2}, "memory_per_rank has 2 entries"),
         ({"kv_tokens": 100, "min_kv_tokens": 8192}, "kv_tokens is 100, at least 8192"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phalanx.kernels.cpu.library import library_path
 from phalanx.kernels.cpu.native_backend import NativeBackend
+from phalanx.kernels.int8 import from_pool, pool_width, to_pool
 from phalanx.kernels.interface import AttentionSpec, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend, weigh
 
@@ -21,11 +22,12 @@ if library_path() is None:
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DTYPES = list(TOLERANCE)
+POOL_DTYPES = [*DTYPES, torch.int8]
 
 
 def open_backends() -> dict[str, NativeBackend]:
     backends = {}
-    for isa in ("amx_imitated", "plain", "avx2", "avx512", "avx512_bf16", "amx"):
+    for isa in ("amx_imitated", "plain", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"):
         try:
             backends[isa] = NativeBackend(threads=2, isa=isa)
         except OSError:
@@ -171,18 +173,19 @@ def test_silu_mul_over_the_whole_range(isa: str, dtype: torch.dtype) -> None:
 
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pool_dtype", DTYPES)
+@pytest.mark.parametrize("pool_dtype", POOL_DTYPES)
 def test_store_kv_writes_only_the_named_slots(
     isa: str, dtype: torch.dtype, pool_dtype: torch.dtype
 ) -> None:
-    pools = torch.zeros(2, 3, 4, 2, 5, dtype=pool_dtype)
+    pools = torch.zeros(2, 3, 4, 2, pool_width(5, pool_dtype), dtype=pool_dtype)
     projected = randn(2, 8, 5, dtype=dtype)
     key, value = projected[:, 2:5], projected[:, 5:]
     BACKENDS[isa].store_kv(key, value, pools[0], pools[1], torch.tensor([7, 2]))
     for pool, source in ((pools[0], key), (pools[1], value)):
-        assert torch.equal(pool[:, 3, 1], source[0].to(pool_dtype))
-        assert torch.equal(pool[:, 1, 0], source[1].to(pool_dtype))
-        assert int(pool.count_nonzero()) == source.numel()
+        assert torch.equal(pool[:, 3, 1], to_pool(source[0], pool_dtype))
+        assert torch.equal(pool[:, 1, 0], to_pool(source[1], pool_dtype))
+        pool[:, [3, 1], [1, 0]] = 0
+        assert not pool.any()
 
 
 @every_isa
@@ -223,8 +226,8 @@ def attention_cases(draw: st.DrawFn) -> Case:
     for (new, old), blocks in zip(shapes, used, strict=True):
         spans.append(SequenceSpan(start, new, new + old, [free.pop() for _ in range(blocks)]))
         start += new
-    query_dtype, pool_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
-    pools = randn(2, kv_heads, sum(used) + 3, block_size, dim, seed=seed, dtype=pool_dtype)
+    query_dtype, pool_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(POOL_DTYPES))
+    pools = to_pool(randn(2, kv_heads, sum(used) + 3, block_size, dim, seed=seed), pool_dtype)
     return randn(start, heads, dim, seed=seed + 1, dtype=query_dtype), pools, spans, spec
 
 
@@ -238,7 +241,7 @@ def test_paged_attention_equals_dense_attention_in_float64(case: Case, isa: str)
     group = query.shape[1] // max(pools.shape[1], 1)
     for span in spans:
         rows = slice(span.start, span.start + span.num_query)
-        flat = pools[:, :, list(span.blocks)].flatten(2, 3)[:, :, : span.length].double()
+        flat = from_pool(pools[:, :, list(span.blocks)].flatten(2, 3))[:, :, : span.length].double()
         keys, values = flat.repeat_interleave(group, dim=1)
         positions = torch.arange(span.length)
         distance = positions[None, :] - positions[-span.num_query :, None]
@@ -281,5 +284,70 @@ def test_a_broken_row_leaves_its_batch_mates_alone(isa: str) -> None:
     whole = backend.paged_attention(query, pools[0], pools[1], plan, spec)
     pools[:, :, 3] = torch.nan
     pools[:, :, [5, 1], 3] = torch.nan  # beyond both sequences' ends
-    broken = backend.paged_attention(query, pools[0], pools[1], plan, spec)
-    assert broken[0].isnan().all() and torch.equal(broken[1], whole[1])
+    for each in (pools, to_pool(pools, torch.int8)):
+        broken = backend.paged_attention(query, each[0], each[1], plan, spec)
+        assert broken[0].isnan().all()
+        torch.testing.assert_close(broken[1], whole[1], atol=0.05, rtol=0.05)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_rows_have_the_same_bits_alone_and_in_any_batch(isa: str, dtype: torch.dtype) -> None:
+    weight, x = randn(101, 333, seed=1, dtype=dtype), randn(64, 333, seed=2, dtype=dtype)
+    together = BACKENDS[isa].pack_linear_int8(weight, None)(x)
+    alone = NativeBackend(threads=1, isa=isa).pack_linear_int8(weight, None)
+    for size in (1, 3, 13, 32):
+        assert torch.equal(torch.cat([alone(part) for part in x.split(size)]), together)
+    plain = BACKENDS["plain"].pack_linear_int8(weight, None)
+    assert torch.equal(plain(x), together)  # the sums are whole numbers on every processor
+
+
+@every_isa
+def test_int8_product_of_extreme_rows(isa: str) -> None:
+    """The largest sums, rows of zeros and of numbers near the least, and one that is broken."""
+    weight = torch.full((33, 4096), -3.0)
+    weight[1], weight[2, ::2] = 0, 3.0
+    x = torch.full((5, 4096), 0.5, dtype=torch.float32)
+    x[1], x[2], x[3, 7] = 0, 1e-38, torch.inf
+    linear: Any = BACKENDS[isa].pack_linear_int8(weight, None)
+    got = linear(x)
+    assert got[0, 0] == -1.5 * 4096 and got[0, 1] == 0 and got[0, 2] == 0
+    assert torch.equal(got[4], got[0]) and not got[1].any()
+    assert got[2].abs().max() <= 1e-33 and got[3].isnan().all()
+    assert torch.equal(linear.wide(x[:1]), got[:1])
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True])
+def test_best_is_the_first_largest_of_the_outputs(isa: str, dtype: torch.dtype, int8: bool) -> None:
+    for outputs, inputs in ((1, 5), (33, 7), (700, 33)):
+        weight = randn(outputs, inputs, seed=1, dtype=dtype)
+        weight[outputs // 2 :] = weight[: outputs - outputs // 2].clone()  # all twice
+        bias = randn(outputs, seed=2, dtype=dtype) if outputs == 33 else None
+        for threads in (1, 3):
+            backend = NativeBackend(threads=threads, isa=isa)
+            pack = backend.pack_linear_int8 if int8 else backend.pack_linear
+            linear: Any = pack(weight, bias)
+            for rows in (0, 1, 13, 40):
+                x = randn(rows, inputs, seed=rows, dtype=dtype)
+                ids, values = linear.best(x)
+                whole = linear.wide(x)
+                assert torch.equal(ids, whole.argmax(-1)) and ids.dtype is torch.int64
+                assert torch.equal(values, whole.amax(-1))
+
+
+@every_isa
+def test_best_tells_of_rows_that_are_not_finite(isa: str) -> None:
+    weight = randn(300, 8)
+    weight[170, 3] = torch.inf
+    linear: Any = BACKENDS[isa].pack_linear(weight, None)
+    x = randn(4, 8, seed=1)
+    x[1, 3], x[3, 3] = 0.0, torch.nan
+    assert linear.best(x)[1].isnan().all()  # 0 * inf is broken too
+    weight[170, 3] = 0.0
+    linear = BACKENDS[isa].pack_linear(weight, None)
+    assert linear.best(x)[1].isnan().tolist() == [False, False, False, True]
+    empty: Any = BACKENDS[isa].pack_linear(weight[:0], None)
+    ids, values = empty.best(x)
+    assert ids.tolist() == [0] * 4 and values.tolist() == [-torch.inf] * 4

@@ -15,6 +15,7 @@ from torch import Tensor
 from phalanx.kernels.cpu.library import library_path
 from phalanx.kernels.cpu.native_backend import NativeBackend
 from phalanx.kernels.fused import PeerLost, PlainLayer, PlainStack, Reduction, SharedSegment
+from phalanx.kernels.int8 import to_pool
 from phalanx.kernels.interface import AttentionSpec, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
@@ -62,8 +63,13 @@ def make_layers(dtype: torch.dtype, rank: int, head_norms: bool) -> list[Layer]:
     return layers
 
 
-def composed(ranks: list[list[Layer]], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Every step as its own operation in float64, the ranks' parts summed."""
+def composed(
+    ranks: list[list[Layer]], x: Tensor, cos: Tensor, sin: Tensor, int8: bool = False
+) -> Tensor:
+    """Every step as its own operation in float64, the ranks' parts summed.
+
+    int8: of linear layers and pools.
+    """
     backend = ReferenceBackend()
     hidden, cos, sin = x.double(), cos.double(), sin.double()
     plan = backend.plan_attention(SPANS, BLOCK)
@@ -73,7 +79,8 @@ def composed(ranks: list[list[Layer]], x: Tensor, cos: Tensor, sin: Tensor) -> T
         total = torch.zeros_like(hidden)
         for layer in layers:
             (qkv, output), pools = layer.linears[:2], layer.pools.double()
-            heads = apply(qkv, normed).view(TOKENS, -1, DIM)
+            pools = to_pool(pools, torch.int8) if int8 else pools
+            heads = apply(qkv, normed, int8).view(TOKENS, -1, DIM)
             query, key, value = heads.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
             if layer.head_norms[0] is not None and layer.head_norms[1] is not None:
                 query = backend.rms_norm(query, layer.head_norms[0].double(), 1e-5, 1.0)
@@ -81,36 +88,45 @@ def composed(ranks: list[list[Layer]], x: Tensor, cos: Tensor, sin: Tensor) -> T
             query, key = backend.rope(query, cos, sin), backend.rope(key, cos, sin)
             backend.store_kv(key, value, pools[0], pools[1], SLOTS)
             mixed = backend.paged_attention(query, pools[0], pools[1], plan, layer.spec)
-            total += apply(output, mixed.flatten(1))
+            total += apply(output, mixed.flatten(1), int8)
         hidden = hidden + total
         normed = backend.rms_norm(hidden, layers[0].norms[1].double(), 1e-5, 1.0)
         for layer in layers:
             gate_up, down = layer.linears[2:]
-            hidden = hidden + apply(down, backend.silu_mul(apply(gate_up, normed)))
+            activated = backend.silu_mul(apply(gate_up, normed, int8))
+            hidden = hidden + apply(down, activated, int8)
     return backend.rms_norm(hidden, ranks[0][0].norms[0].double(), 1e-5, 1.0)[ROWS]
 
 
-def apply(linear: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
+def apply(linear: tuple[Tensor, Tensor | None], x: Tensor, int8: bool = False) -> Tensor:
     weight, bias = linear
+    if int8:
+        return ReferenceBackend().pack_linear_int8(weight, bias)(x)
     return torch.nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
 
 
 def program(
-    layers: list[Layer], reduction: Reduction, threads: int, final_norm: Tensor | None
+    layers: list[Layer],
+    reduction: Reduction,
+    threads: int,
+    final_norm: Tensor | None,
+    int8: bool = False,
 ) -> Any:
     """The layers as one call; without a final norm, of all rows."""
     backend = NativeBackend(threads=threads)
+    pack = backend.pack_linear_int8 if int8 else backend.pack_linear
+    pool_dtype = torch.int8 if int8 else layers[0].pools.dtype
     plain = [
         PlainLayer(
             input_norm=layer.norms[0],
-            qkv=backend.pack_linear(*layer.linears[0]),
+            qkv=pack(*layer.linears[0]),
             attention=layer.spec,
-            output=backend.pack_linear(*layer.linears[1]),
+            output=pack(*layer.linears[1]),
             post_norm=layer.norms[1],
-            gate_up=backend.pack_linear(*layer.linears[2]),
-            down=backend.pack_linear(*layer.linears[3]),
-            key_pool=layer.pools[0].clone(),
-            value_pool=layer.pools[1].clone(),
+            gate_up=pack(*layer.linears[2]),
+            down=pack(*layer.linears[3]),
+            key_pool=to_pool(layer.pools[0], pool_dtype).clone(),
+            value_pool=to_pool(layer.pools[1], pool_dtype).clone(),
             query_norm=layer.head_norms[0],
             key_norm=layer.head_norms[1],
         )
@@ -196,6 +212,26 @@ def test_stacks_that_follow_one_another_give_the_bits_of_one(dtype: torch.dtype,
     result = second(between, cos, sin)
     assert result.dtype is dtype
     assert torch.equal(result, program(layers, Reduction(), 2, norm)(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_norms", [False, True])
+def test_int8_weights_and_pools_equal_the_composed_layers(
+    dtype: torch.dtype, head_norms: bool
+) -> None:
+    """A level more or less, where a number lies between two, is all that may differ."""
+    layers = make_layers(dtype, 0, head_norms)
+    x, cos, sin = inputs(dtype)
+    expected = composed([layers], x, cos, sin, int8=True)
+    one, three = (
+        program(layers, Reduction(), threads, layers[0].norms[0], int8=True) for threads in (1, 3)
+    )
+    got = one(x, cos, sin)
+    assert torch.equal(got, three(x, cos, sin))
+    difference = (got.double() - expected).norm() / expected.norm()
+    assert difference < (0.01 if dtype is torch.float32 else 0.03)
+    exact = composed([layers], x, cos, sin)
+    assert (got.double() - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from phalanx.protos.errors import RequestFailed
 from phalanx.protos.sampling import SamplingParams
+from phalanx.workers.sampling.logits import is_plainly_greedy
 from phalanx.workers.sampling.random import stream_key
 from phalanx.workers.sampling.rows import SampleRow
 
@@ -74,6 +75,44 @@ def test_tokens_are_those_of_the_whole_vocabulary(
     expected = [reference.token(logits[i].numpy(), each, key(each)) for i, each in enumerate(rows)]
     assert [result.token_id for result in results] == expected
     assert all(result.error is None for result in results)
+
+
+def best_of_slice(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a backend gives it: column and value of the largest, NaN where the row is broken."""
+    if not part.shape[1]:
+        return torch.zeros(len(part), dtype=torch.int64), torch.full((len(part),), -math.inf)
+    broken = ~part.isfinite().all(-1)
+    return part.argmax(-1), part.amax(-1).masked_fill(broken, math.nan)
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+def test_the_best_of_each_slice_gives_what_the_logits_give(
+    group, row, random_logits, sizes
+) -> None:
+    ranks = group(sizes)
+    logits = random_logits(12, VOCAB, seed=7).round(decimals=1)  # with ties
+    logits[3, 130], logits[5, 299], logits[6] = math.nan, math.inf, 0.0
+    kinds = [{"temperature": 0.0}, {"top_k": 1}]
+    rows = [row([5, 6, 7], 2, **kinds[index % 2]) for index in range(12)]
+    assert all(map(is_plainly_greedy, rows))
+    expected = ranks.sample(logits, rows)
+    assert [index for index, result in enumerate(expected) if result.error] == [3, 5]
+    took = ranks.on_all(logits, lambda sampler, part: sampler.take_best(*best_of_slice(part)))
+    assert took == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.0, "logprobs": 0},
+        {"temperature": 0.0, "logit_bias": {3: 1.0}},
+        {"top_k": 1, "repetition_penalty": 1.1},
+        {"temperature": 0.0, "min_tokens": 9},
+    ],
+)
+def test_rows_that_need_their_logits(row, fields) -> None:
+    assert not is_plainly_greedy(row([5, 6, 7], 2, **fields))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -1,0 +1,93 @@
+"""Models in int8, weights and KV cache, against the same models in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from phalanx.controller.model import resolve_model
+
+TEXT = """The harbour was built in the seventeenth century, when the town lived from herring and salt.
+Today most of its income comes from visitors, who arrive by train in the summer and leave when the
+first storms of October close the ferry line. The old warehouses along the quay have become
+restaurants, a small museum and, since last year, a school for carpenters who repair wooden boats.
+Water boils at a lower temperature in the mountains, because the pressure of the air is lower
+there. Cooks who move from the coast to the Alps learn this on the first day: potatoes take longer,
+and an egg that is boiled for four minutes is still liquid inside. A sealed pot solves the problem,
+since it keeps the steam in and raises the pressure again."""
+TOKENS = [(7 * i * i + 3 * i + 5) % 131 for i in range(64)]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 18,
+        "intermediate_size": 150,
+    },
+    "GPT2Config": {"n_embd": 90, "n_head": 6, "n_layer": 2, "n_positions": 128},
+    "MixtralConfig": {
+        "hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+    },
+    "DeepseekV3Config": {
+        "hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "intermediate_size": 128,
+        "first_k_dense_replace": 2,
+    },
+}
+
+Logprobs = Callable[..., tuple[list[float], list[int]]]
+
+
+def agreement(first: list[int], second: list[int]) -> float:
+    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def test_smollm2_keeps_its_perplexity(smollm2_gguf: Path, logprobs: Logprobs) -> None:
+    model = resolve_model("smollm2")
+    tokens = model.tokenizer.encode(TEXT).ids
+    assert len(tokens) > 150
+    found = {
+        pair: logprobs(model.checkpoint, model.spec, 1, tokens, *pair)
+        for pair in (("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("bfloat16", "int8"))
+    }
+    exact, exact_best = found.pop(("bfloat16", "bfloat16"))
+    for pair, (values, best) in found.items():
+        ratio = math.exp((sum(exact) - sum(values)) / len(values))
+        assert ratio < (1.01 if pair[0] == "bfloat16" else 1.08), pair
+        assert agreement(best, exact_best) > (0.95 if pair[0] == "bfloat16" else 0.82), pair
+        assert values != exact  # it was rounded
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_layer_on_every_backend(
+    family: str, tp: int, random_model: Callable[..., Any], logprobs: Logprobs, one_thread: None
+) -> None:
+    """Weights are random here, and rounding disturbs them more than it does a trained model."""
+    common = {} if family == "GPT2Config" else {"num_hidden_layers": 2}
+    made = random_model(family, vocab_size=131, **common, **FAMILIES[family])
+    rows = made.logprobs(TOKENS)[:-1]
+    exact = rows.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+    for kernels in ("cpu-native", "cpu-torch", "reference"):
+        arguments = (made.folder, made.spec, tp, TOKENS, "int8", "int8", kernels)
+        values, best = logprobs(*arguments)
+        error = (torch.tensor(values, dtype=torch.float64) - exact).square().mean().sqrt()
+        assert 1e-4 < float(error) < 0.35 * float(exact.std())
+        assert agreement(best, rows.argmax(-1).tolist()) > 0.6
+        assert logprobs(*arguments) == (values, best)
