@@ -363,3 +363,14 @@ def _ranks(tp: int, pp: int) -> list[Callable[[Any, Any], None]]:
         groups: Sequence[Any] = [SingleRank()] if tp == 1 else ThreadRank.group(tp)
         mains += [main(group, lanes[place][index]) for place, group in enumerate(groups)]
     return mains
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products this small are slower when each rank's thread starts threads of its own."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

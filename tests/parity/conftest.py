@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,15 +347,6 @@ def _features(plans: list[StepPlan]) -> set[str]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Products this small are slower when each rank's thread starts threads of its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def difference(one_thread: None) -> Callable[..., float]:
     """`difference(model, tp, checkpoint=..., kernels=...)`: the largest of a log-probability.
 
@@ -383,58 +374,24 @@ def difference(one_thread: None) -> Callable[..., float]:
 
 
 @pytest.fixture(scope="session")
-def score() -> Callable[..., Tops]:
-    """`score(checkpoint, spec, tp, tokens)`: what is most likely after each token of a prompt."""
+def scored() -> Callable[..., list[PromptLogprobs]]:
+    """`scored(checkpoint, spec, tp, tokens, dtype, kernels, kv_dtype)`: a prompt's scores, computed
+    in steps of 100 tokens, in blocks from the last to the first."""
 
     def run(
-        checkpoint: Path,
-        spec: DecoderSpec,
-        tp: int,
-        tokens: list[int],
-        dtype: DType = "float32",
-    ) -> list[list[TokenLogprob]]:
-        parts = score_prompt(start(checkpoint, spec, tp, blocks_of(tokens), dtype), tokens)
-        return [top for part in parts for top in part.top]
+        checkpoint: Path, spec: DecoderSpec, tp: int, tokens: list[int], *formats: Any
+    ) -> list[PromptLogprobs]:
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
+        blocks = list(range(-(-len(tokens) // BLOCK_SIZE)))[::-1]
+        engines = start(checkpoint, spec, tp, len(blocks), *formats)
+        parts: list[PromptLogprobs] = []
+        for step, first in enumerate(range(0, len(tokens), 100)):
+            new = [NewSequence(0, tokens, len(tokens), 0, params)] if step == 0 else []
+            row = Row(0, min(100, len(tokens) - first), blocks if step == 0 else [])
+            plan = StepPlan(0, step, [], new, [], [row])
+            results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
+            assert not results[0].failures
+            parts += results[0].prompt_logprobs
+        return parts
 
     return run
-
-
-@pytest.fixture(scope="session")
-def logprobs() -> Callable[..., tuple[list[float], list[int]]]:
-    """`logprobs(checkpoint, spec, tp, tokens, dtype, kv_dtype, kernels)`: of each token of a prompt
-    after the first, its log-probability, and the token that was likeliest there."""
-
-    def run(
-        checkpoint: Path,
-        spec: DecoderSpec,
-        tp: int,
-        tokens: list[int],
-        dtype: DType,
-        kv_dtype: DType,
-        kernels: str | None = None,
-    ) -> tuple[list[float], list[int]]:
-        engines = start(checkpoint, spec, tp, blocks_of(tokens), dtype, kernels, kv_dtype)
-        parts = score_prompt(engines, tokens)
-        found = [token.logprob for part in parts for token in part.tokens]
-        return found, [top[0].token_id for part in parts for top in part.top]
-
-    return run
-
-
-def blocks_of(tokens: list[int]) -> int:
-    return -(-len(tokens) // BLOCK_SIZE)
-
-
-def score_prompt(engines: list[Engine], tokens: list[int]) -> list[PromptLogprobs]:
-    """A prompt in steps of 100 tokens, in blocks from the last to the first."""
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
-    blocks = list(range(blocks_of(tokens)))[::-1]
-    parts: list[PromptLogprobs] = []
-    for step, first in enumerate(range(0, len(tokens), 100)):
-        new = [NewSequence(0, tokens, len(tokens), 0, params)] if step == 0 else []
-        row = Row(0, min(100, len(tokens) - first), blocks if step == 0 else [])
-        plan = StepPlan(0, step, [], new, [], [row])
-        results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
-        assert not results[0].failures
-        parts += results[0].prompt_logprobs
-    return parts

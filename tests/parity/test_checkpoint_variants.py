@@ -69,12 +69,12 @@ def build(random_model: Make, name: str) -> Any:
     return random_model(kind, **fields)
 
 
-def test_longrope_within_the_original_context(random_model: Make, score: Make) -> None:
+def test_longrope_within_the_original_context(random_model: Make, scored: Make) -> None:
     """Where no more than that is served, the short factors hold."""
     model = build(random_model, "phi3")
     spec = msgspec.structs.replace(model.spec, max_context=16)
     tokens = [3 * index % VOCAB for index in range(16)]
-    tops = score(model.folder, spec, 2, tokens)
+    tops = [top for part in scored(model.folder, spec, 2, tokens) for top in part.top]
     for row, top in zip(model.logprobs(tokens)[:-1], tops, strict=True):
         for item in top:
             assert abs(float(row[item.token_id]) - item.logprob) < TOLERANCE

@@ -333,7 +333,7 @@ LONGER = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_in_long_contexts(random_model: Make, score: Make, name: str) -> None:
+def test_in_long_contexts(random_model: Make, scored: Make, name: str) -> None:
     """Hundreds of tokens, many blocks: the log-probabilities of the likeliest after each."""
     kind, fields = MODELS[name]
     length = LONG_CONTEXTS.get(name, 700)
@@ -341,7 +341,7 @@ def test_in_long_contexts(random_model: Make, score: Make, name: str) -> None:
     model = random_model(kind, **fields | longer)
     tokens = [(7 * place * place + 3 * place + 5) % VOCAB for place in range(length)]
     expected = model.logprobs(tokens)[:-1]
-    tops = score(model.folder, model.spec, 3, tokens)
+    tops = [top for part in scored(model.folder, model.spec, 3, tokens) for top in part.top]
     for row, top in zip(expected, tops, strict=True):
         for item in top:
             assert abs(float(row[item.token_id]) - item.logprob) < 2 * TOLERANCE
@@ -350,11 +350,11 @@ def test_in_long_contexts(random_model: Make, score: Make, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_in_half_precision(build: Make, score: Make, name: str, dtype: str) -> None:
+def test_in_half_precision(build: Make, scored: Make, name: str, dtype: str) -> None:
     """Every operation takes the narrow dtypes; the probabilities are those of float32, roughly."""
     model = build(name)
     tokens = [(11 * index * index + index) % VOCAB for index in range(40)]
-    tops = score(model.folder, model.spec, 2, tokens, dtype)
+    tops = [top for part in scored(model.folder, model.spec, 2, tokens, dtype) for top in part.top]
     expected = model.logprobs(tokens)[:-1]
     pairs = [
         (float(row[item.token_id]), item.logprob)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ there. Cooks who move from the coast to the Alps learn this on the first day: po
 and an egg that is boiled for four minutes is still liquid inside. A sealed pot solves the problem,
 since it keeps the steam in and raises the pressure again."""
 TOKENS = [(7 * i * i + 3 * i + 5) % 131 for i in range(64)]
+Logprobs = Callable[..., tuple[list[float], list[int]]]
 FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaConfig": {
         "hidden_size": 96,
@@ -51,7 +53,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-Logprobs = Callable[..., tuple[list[float], list[int]]]
+
+@pytest.fixture(scope="session")
+def logprobs(scored: Callable[..., Any]) -> Logprobs:
+    """Of each token after the first, its log-probability, and the token that was likeliest there:
+    `logprobs(checkpoint, spec, tp, tokens, dtype, kv_dtype, kernels)`."""
+
+    def run(
+        *what: Any, dtype: str, kv_dtype: str, kernels: str | None = None
+    ) -> tuple[list[float], list[int]]:
+        parts = scored(*what, dtype, kernels, kv_dtype)
+        found = [token.logprob for part in parts for token in part.tokens]
+        return found, [top[0].token_id for part in parts for top in part.top]
+
+    return run
 
 
 def agreement(first: list[int], second: list[int]) -> float:
@@ -63,7 +78,7 @@ def test_smollm2_keeps_its_perplexity(smollm2_gguf: Path, logprobs: Logprobs) ->
     tokens = model.tokenizer.encode(TEXT).ids
     assert len(tokens) > 150
     found = {
-        pair: logprobs(model.checkpoint, model.spec, 1, tokens, *pair)
+        pair: logprobs(model.checkpoint, model.spec, 1, tokens, dtype=pair[0], kv_dtype=pair[1])
         for pair in (("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("bfloat16", "int8"))
     }
     exact, exact_best = found.pop(("bfloat16", "bfloat16"))
@@ -85,9 +100,12 @@ def test_every_kind_of_layer_on_every_backend(
     rows = made.logprobs(TOKENS)[:-1]
     exact = rows.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
     for kernels in ("cpu-native", "cpu-torch", "reference"):
-        arguments = (made.folder, made.spec, tp, TOKENS, "int8", "int8", kernels)
-        values, best = logprobs(*arguments)
+        run = partial(
+            logprobs, made.folder, made.spec, tp, TOKENS,
+            dtype="int8", kv_dtype="int8", kernels=kernels,
+        )  # fmt: skip
+        values, best = run()
         error = (torch.tensor(values, dtype=torch.float64) - exact).square().mean().sqrt()
         assert 1e-4 < float(error) < 0.35 * float(exact.std())
         assert agreement(best, rows.argmax(-1).tolist()) > 0.6
-        assert logprobs(*arguments) == (values, best)
+        assert run() == (values, best)
