@@ -11,7 +11,7 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster
+from .cluster.ray_fleet import RayCluster, ray_fleet
 from .cluster.sizing import plan_unplaced
 from .config import ClusterConfig
 from .engine import AsyncEngine
@@ -76,7 +76,7 @@ async def start_cluster(
         stack.push_async_callback(asyncio.to_thread, ray.close)
         device = ray.device(config.device, ranks)
         engine = AsyncEngine(served.spec, config.replicas)
-        starter = ReplicaStarter(config, served, device, engine, metrics, progress)
+        starter = ReplicaStarter(config, served, device, engine, metrics, progress, ray_fleet)
         supervisor = Supervisor(engine, config.replicas, starter.start)
         stack.push_async_callback(supervisor.close)
         await supervisor.start_all()

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import msgspec
 from rich.console import Console
 
 from phalanx.protos.errors import GroupLost
 
-from .cluster.fleet import RankFacts
+from .cluster.fleet import Fleet, RankFacts
 from .cluster.placement import MemoryPlan
-from .cluster.ray_fleet import Device, RayFleet
-from .cluster.sizing import size_group
+from .cluster.sizing import Node, size_group
 from .config import ClusterConfig
-from .engine import AsyncEngine
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .kvcache.manager import KVCacheManager
@@ -29,21 +28,50 @@ from .routing.pace import PaceMeter
 from .scheduling.request import TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerConfig
 
+Device = Literal["cpu", "cuda"]
+
+
+class PlacedFleet(Fleet, Protocol):
+    """A fleet that first takes its places and then starts."""
+
+    def reserve(self) -> Sequence[Node]:
+        """Take the places and look around in them, one entry a rank."""
+
+
+MakeFleet = Callable[[ClusterConfig, Device], PlacedFleet]
+
+
+class Listener(Protocol):
+    """Who hears of what replicas do; `AsyncEngine` is one. Called on the step loops' threads."""
+
+    def sink(self, events: Sequence[TokenEvent]) -> None:
+        """Events of a step."""
+
+    def prefix_sink(
+        self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate
+    ) -> None:
+        """Events of a step after which the replica's cached prefixes are others."""
+
+    def lost(self, handle: ReplicaHandle, error: GroupLost) -> None:
+        """A replica is gone."""
+
 
 class ReplicaStarter:
-    """Starts replicas of one model in one Ray cluster, the first time and again."""
+    """Starts replicas of one model, the first time and again, on fleets that `make_fleet` makes."""
 
     def __init__(
         self,
         config: ClusterConfig,
         served: ServedModel,
         device: Device,
-        engine: AsyncEngine,
+        listener: Listener,
         observer: Observer,
         console: Console | None,
+        make_fleet: MakeFleet,
     ) -> None:
         self._config, self._served, self._device = config, served, device
-        self._engine, self._observer, self._console = engine, observer, console
+        self._listener, self._observer, self._console = listener, observer, console
+        self._make_fleet = make_fleet
 
     @property
     def dtype(self) -> str:
@@ -69,15 +97,15 @@ class ReplicaStarter:
             cache.track_changes(epoch)
 
         def on_lost(error: GroupLost) -> None:
-            self._engine.lost(handle, error)
+            self._listener.lost(handle, error)
 
         def on_prefixes(events: Sequence[TokenEvent], update: PrefixUpdate) -> None:
-            self._engine.prefix_sink(handle, events, update)
+            self._listener.prefix_sink(handle, events, update)
 
         replica = Replica(
             self._make_scheduler(cache, epoch),
             fleet,
-            self._engine.sink,
+            self._listener.sink,
             max_in_flight=config.plans_in_flight,
             step_timeout_s=config.step_timeout_s,
             observer=meter,
@@ -99,21 +127,10 @@ class ReplicaStarter:
 
     def _start_group(
         self, epoch: int, display: LoadingDisplay
-    ) -> tuple[RayFleet, list[RankFacts], MemoryPlan]:
+    ) -> tuple[PlacedFleet, list[RankFacts], MemoryPlan]:
         """Reserve places, size the cache for them, load."""
         config = self._config
-        fleet = RayFleet(
-            config.tp,
-            config.pp,
-            self._device,
-            placement=config.placement,
-            collectives=config.collectives,
-            threads=config.threads,
-            replicas=config.replicas,
-            start_timeout_s=config.start_timeout_s,
-            step_timeout_s=config.step_timeout_s,
-            silence_timeout_s=config.silence_timeout_s,
-        )
+        fleet = self._make_fleet(config, self._device)
         try:
             nodes = fleet.reserve()
             spec, memory = size_group(config, self._served, self._device, nodes, epoch=epoch)

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from phalanx.controller.config import ClusterConfig
 from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
@@ -287,6 +288,22 @@ class RayFleet:
         if error is not None:
             raise GroupLost(f"rank {rank} failed while starting: {error}") from error
         raise GroupLost(f"rank {rank} ended while starting")
+
+
+def ray_fleet(config: ClusterConfig, device: Device) -> RayFleet:
+    """A fleet as the configuration has it."""
+    return RayFleet(
+        config.tp,
+        config.pp,
+        device,
+        placement=config.placement,
+        collectives=config.collectives,
+        threads=config.threads,
+        replicas=config.replicas,
+        start_timeout_s=config.start_timeout_s,
+        step_timeout_s=config.step_timeout_s,
+        silence_timeout_s=config.silence_timeout_s,
+    )
 
 
 def _check_answers(address: str) -> None:

@@ -13,16 +13,15 @@ import argparse
 import asyncio
 import threading
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phalanx.controller.cluster.ray_fleet import RayCluster
+from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
 from phalanx.controller.config import ClusterConfig
-from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.handle import ReplicaHandle
+from phalanx.controller.kvcache.changes import PrefixUpdate
 from phalanx.controller.model import resolve_model
 from phalanx.controller.observing import StepTimes
 from phalanx.controller.replica import Replica
@@ -61,6 +60,11 @@ class Sink:
             if event.finish is not None:
                 self.ended.release()
 
+    def prefix_sink(
+        self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate
+    ) -> None:
+        """Not asked for."""
+
     def lost(self, handle: ReplicaHandle, error: GroupLost) -> None:
         """The replica has ended, as it does at the end of the run."""
 
@@ -96,7 +100,7 @@ def main() -> None:
     served = resolve_model(config.model)
     cluster = RayCluster(None, config.tp)
     times, sink = Times(), Sink()
-    starter = ReplicaStarter(config, served, "cpu", cast(AsyncEngine, sink), times, None)
+    starter = ReplicaStarter(config, served, "cpu", sink, times, None, ray_fleet)
     replica = asyncio.run(starter.start(0, 0)).replica
     table = Table("running", "steps", "execute p50", "overhead p50", "overhead p99", "of a step")
     for running in options.running:
