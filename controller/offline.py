@@ -15,6 +15,7 @@ from phalanx.protos.v1 import serving_pb2
 
 from .cluster.process_fleet import ProcessFleet
 from .cluster.sizing import plan_unplaced
+from .cluster.snapshot import RankSnapshot
 from .completion import Collector, Completion
 from .config import DEFAULTS, ClusterConfig
 from .handle import ReplicaHandle
@@ -70,7 +71,8 @@ class Offline:
         starter = ReplicaStarter(
             self._config, self._served, "cpu", self, observer or Silent(), None, _process_fleet
         )
-        self._replica = asyncio.run(starter.start(0, 0)).replica
+        self._handle = asyncio.run(starter.start(0, 0))
+        self._replica = self._handle.replica
         self.dtype = starter.dtype
         """The number format in use."""
 
@@ -78,6 +80,11 @@ class Offline:
     def model(self) -> ServedModel:
         """What is known of the model: its tokenizer, its spec, its context."""
         return self._served
+
+    @property
+    def ranks(self) -> tuple[RankSnapshot, ...]:
+        """What each rank holds."""
+        return self._handle.snapshot(self._served.spec).ranks
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **params: Any) -> list[Completion]:
         """Continue texts or lists of token ids, all at once; the answers come in their order.

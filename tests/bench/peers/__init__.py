@@ -1,0 +1,1 @@
+"""Phalanx beside other engines, on one machine, in one run."""
