@@ -17,6 +17,8 @@ import psutil
 from .environments import HERE, clean_environment
 
 END_S = 30.0
+OWN_LABELS = {"drive_phalanx.py": "controller", "drive_grpc.py": "client"}
+"""What a driver's own process is in the report."""
 
 
 class DriverFailed(Exception):
@@ -38,6 +40,7 @@ class Driver:
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log, self._partial = log, b""
+        self._label = OWN_LABELS.get(script, "engine")
         environment = clean_environment()
         if ours and (path := os.environ.get("PYTHONPATH")):
             environment["PYTHONPATH"] = path
@@ -128,15 +131,14 @@ class Driver:
             for process in (own, *own.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
                     times = process.cpu_times()
-                    seconds[process.pid, _label(process, own)] = times.user + times.system
+                    label = self._label if process.pid == own.pid else _label(process)
+                    seconds[process.pid, label] = times.user + times.system
         return seconds
 
 
-def _label(process: psutil.Process, own: psutil.Process) -> str:
-    """What a process is in the report."""
+def _label(process: psutil.Process) -> str:
+    """What a child process is in the report."""
     words = process.cmdline()
-    if process.pid == own.pid:
-        return "driver"
     if "phalanx.workers.process" in words or "RankActor" in " ".join(words[:1]):
         return "ranks"
     if "phalanx.controller" in words:

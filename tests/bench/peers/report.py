@@ -97,7 +97,7 @@ def _tables(figures: Figures) -> Iterator[str]:
         yield ""
         yield _row("", "median", "min", "max", "rounds", "bfloat16 ÷ it", "int8 ÷ it")
         yield _row(*["---"] * 7)
-        for name in systems:
+        for name in sorted(systems, key=_ours):
             values = sorted(figures.values(workload, name).values())
             median = figures.median(workload, name) or 0.0
             yield _row(
@@ -144,7 +144,7 @@ def _cores(figures: Figures) -> Iterator[str]:
     """Who kept how many cores busy."""
     yield _row("cores kept busy", *SPLIT, "others at most")
     yield _row(*["---"] * (2 + len(SPLIT)))
-    for name in figures.facts:
+    for name in sorted(figures.facts, key=_ours):
         cells, others = [], 0.0
         for workload in SPLIT:
             answers = list(figures.runs.get(workload, {}).get(name, {}).values())
@@ -156,6 +156,11 @@ def _cores(figures: Figures) -> Iterator[str]:
             cells.append(", ".join(f"{label} {used:.2f}" for label, used in labels.items()))
         yield _row(name, *cells, f"{others:.2f}")
     yield ""
+
+
+def _ours(name: str) -> bool:
+    """Sorts peers before ourselves, and leaves the order as it is else."""
+    return name.startswith("phalanx")
 
 
 def _shared_start(one: list[int], other: list[int]) -> int:
@@ -179,18 +184,18 @@ def _plot(path: Path, figures: Figures) -> None:
 
 
 def _bars(axes: Any, figures: Figures, workload: Workload) -> None:
-    names = list(reversed(figures.runs[workload.name]))
+    names = sorted(figures.runs[workload.name], key=_ours)[::-1]
     medians = [figures.median(workload, name) or 0.0 for name in names]
     ranges = [sorted(figures.values(workload, name).values()) for name in names]
     errors = [
         [median - values[0] for median, values in zip(medians, ranges, strict=True)],
         [values[-1] - median for median, values in zip(medians, ranges, strict=True)],
     ]
-    colours = ["tab:blue" if name.startswith("phalanx") else "tab:gray" for name in names]
+    colours = ["tab:blue" if _ours(name) else "tab:gray" for name in names]
     axes.barh(names, medians, xerr=errors, color=colours, ecolor="black", capsize=3)
-    for place, median in enumerate(medians):
-        axes.text(median, place, f"  {_large(median)}", va="center")
-    less = ", less is better" if workload.metric == FIRST else ""
-    axes.set(title=f"{workload.title}: {workload.metric}{less}")
+    for place, (median, values) in enumerate(zip(medians, ranges, strict=True)):
+        axes.text(values[-1], place, f"  {_large(median)}", va="center")
+    less = " (less is better)" if workload.metric == FIRST else ""
+    axes.set(title=workload.title, xlabel=f"{workload.metric}{less}")
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
