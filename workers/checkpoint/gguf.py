@@ -31,7 +31,7 @@ MAX_ALIGNMENT = 64 * 1024
 DEFAULT_ALIGNMENT = 32
 MIN_ENTRY_BYTES = 8 + 1 + 4 + 1  # key length, one character, type, a one-byte value
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-CHUNK_ELEMENTS = 1024 * 1024  # dequantised at a time
+CHUNK_ELEMENTS = 64 * 1024  # dequantised at a time: what that takes stays in the cache
 
 
 class TensorType(NamedTuple):
@@ -63,6 +63,7 @@ _NUMBERS = {
     6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,21 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.fail(f"{what} is not UTF-8 text") from None
 
+    def texts(self, count: int, what: str) -> list[str]:
+        """So many texts, as `text` reads them: a vocabulary has a hundred thousand."""
+        data, found = self._data, []
+        for _ in range(count):
+            start = self.position + _LENGTH.size
+            size = _LENGTH.unpack_from(data, self.position)[0] if start <= len(data) else 0
+            if start + size > len(data) or size > MAX_STRING_BYTES:
+                self.text(what)  # says what is wrong
+            try:
+                found.append(str(data[start : start + size], "utf-8"))
+            except UnicodeDecodeError:
+                self.text(what)
+            self.position = start + size
+        return found
+
     def name(self, what: str) -> str:
         name = self.text(what, MAX_NAME_BYTES)
         if not name or not name.isprintable():
@@ -154,7 +170,9 @@ class _Cursor:
             return np.frombuffer(self.take(count * dtype.itemsize, what), dtype).copy()
         if kind == _BOOL:
             return self._flags(self.count(f"length of {what}", 1), what)
-        count = self.count(f"length of {what}", 8 if kind == _STRING else 12)
+        if kind == _STRING:
+            return self.texts(self.count(f"length of {what}", _LENGTH.size), what)
+        count = self.count(f"length of {what}", 12)
         return [self.value(kind, what, depth) for _ in range(count)]
 
 
@@ -304,7 +322,8 @@ def _dequantise(lines: Array, kind: TensorType, span: tuple[int, int]) -> Array:
     step = max(CHUNK_ELEMENTS // ((last - first) * kind.block), 1)
     with np.errstate(all="ignore"):  # damaged scales give inf or nan, not warnings
         for row in range(0, len(lines), step):
-            packed = np.ascontiguousarray(lines[row : row + step])
-            values = dequantize(packed, GGMLQuantizationType[kind.name])
-            out[row : row + step] = values[:, skip : skip + out.shape[1]]
+            packed = lines[row : row + step]
+            # as one row, of which the library makes no small pieces
+            values = dequantize(packed.reshape(1, -1), GGMLQuantizationType[kind.name])
+            out[row : row + step] = values.reshape(len(packed), -1)[:, skip : skip + out.shape[1]]
     return out
