@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ class PagedCache:
         width = pool_width(head_dim, dtype)
         shape = (num_layers, 2, kv_heads, spec.num_blocks, spec.block_size, width)
         # zeros, not empty: a masked position must never turn stale bits into NaN
-        self._pool = torch.zeros(shape, dtype=dtype, device=device)
+        self._pool = _zeros(shape, dtype, device)
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self._pool]
 
     @property
@@ -48,3 +50,13 @@ class PagedCache:
         """Copy whole blocks, in order, in every layer."""
         for copy in copies:
             self._pool[:, :, :, copy.target] = self._pool[:, :, :, copy.source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take a host's memory, and the time to clear it, as they are first written: whole
+    pools at once would be half a second a GiB before a rank can serve."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
