@@ -131,19 +131,16 @@ class Driver:
             for process in (own, *own.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
                     times = process.cpu_times()
-                    label = self._label if process.pid == own.pid else _label(process)
+                    label = self._label if process.pid == own.pid else _label(process.cmdline())
                     seconds[process.pid, label] = times.user + times.system
         return seconds
 
 
-def _label(process: psutil.Process) -> str:
-    """What a child process is in the report."""
-    words = process.cmdline()
+def _label(words: list[str]) -> str:
+    """What a child process is in the report, from its command line."""
     if "phalanx.workers.process" in words or "RankActor" in " ".join(words[:1]):
         return "ranks"
-    if "phalanx.controller" in words:
-        return "controller"
-    return "Ray" if any("ray" in word for word in words[:2]) else process.name()
+    return "controller" if "phalanx.controller" in words else "Ray"
 
 
 def _busy() -> float:
