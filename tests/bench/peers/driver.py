@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from .environments import HERE, clean_environment
+from peers.environments import HERE, clean_environment
 
 END_S = 30.0
 OWN_LABELS = {"drive_phalanx.py": "controller", "drive_grpc.py": "client"}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .systems import our_name
-from .workloads import COLD, FIRST, LONG, PREFILL, SHARED, SINGLE, STREAMS, Workload
+from peers.systems import our_name
+from peers.workloads import COLD, FIRST, LONG, PREFILL, SHARED, SINGLE, STREAMS, Workload
 
 Value = float | None
 

@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from peers.figures import BFLOAT16, INT8, Figures, Value, goals
+from peers.workloads import ALL, FIRST, Workload
 from phalanx.controller.benchmark.report import date_now, machine_facts, software_versions
-
-from .figures import BFLOAT16, INT8, Figures, Value, goals
-from .workloads import ALL, FIRST, Workload
 
 SPLIT = ("single", "streams")
 

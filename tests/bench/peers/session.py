@@ -16,13 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from peers.driver import Driver, DriverFailed
+from peers.environments import HERE, SetUpFailed, last_words
+from peers.figures import Figures
+from peers.systems import Place, System
+from peers.workloads import SINGLE, Workload
 from phalanx.controller.model import ServedModel
-
-from .driver import Driver, DriverFailed
-from .environments import HERE, SetUpFailed, last_words
-from .figures import Figures
-from .systems import Place, System
-from .workloads import SINGLE, Workload
 
 SAME_TEXT = "The capital of France is Paris. The capital of Italy is"
 SAME_TOKENS = 16

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import environments
-from .driver import Driver
-from .environments import LLAMA, OPENVINO, TRANSFORMERS, VLLM, Environment
-from .workloads import ALL, CACHED, LONGEST, Workload
+from peers import environments
+from peers.driver import Driver
+from peers.environments import LLAMA, OPENVINO, TRANSFORMERS, VLLM, Environment
+from peers.workloads import ALL, CACHED, LONGEST, Workload
 
 LOAD_S = 600.0
 KV_TOKENS = 49152  # room for every workload, and for all systems beside each other
