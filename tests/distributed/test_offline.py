@@ -101,4 +101,4 @@ def test_the_readme_s_example_runs(smollm2_gguf: Path) -> None:
     [example] = [block for block in blocks if "import Offline" in block]
     command = [sys.executable, "-P", "-c", example]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert "Paris" in done.stdout and "Rome" in done.stdout, done.stderr
+    assert "Paris" in done.stdout and done.returncode == 0, done.stderr
