@@ -13,7 +13,7 @@ FINISH_NAMES = {
     types_pb2.FINISH_REASON_LENGTH: "length",
     types_pb2.FINISH_REASON_ABORT: "abort",
 }
-Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse
+Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse | serving_pb2.ResumeResponse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
