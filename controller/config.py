@@ -107,6 +107,20 @@ class ClusterConfig:
         group="Advanced",
     )
     prefix_caching: bool = _option(True, "Keep the KV blocks of past prompts for reuse.")
+    state_slots: int | None = _option(
+        None,
+        "Slots for the states of running requests and past prompts, of models with state spaces.",
+        low=1,
+        unset="auto",
+        group="Advanced",
+    )
+    state_stride: int | None = _option(
+        None,
+        "Tokens of a prompt between states that are kept, beside the one at its end.",
+        low=1,
+        unset="off",
+        group="Advanced",
+    )
 
     host: str = _option("127.0.0.1", "Address that the gRPC service binds.", group="Listening")
     port: int = _option(

@@ -88,13 +88,16 @@ def _rank(
 ) -> RankSnapshot:
     tp_size = num_ranks // len(stages)
     index, place = divmod(facts.rank, tp_size)
-    heads, layers = cut_model(model, tp_size, place).heads.query, stages[index].layers
+    part, layers = cut_model(model, tp_size, place), stages[index].layers
+    heads = part.heads.query
+    if part.state is not None and not model.attention_layers:
+        heads = part.state.units
     return RankSnapshot(
         rank=facts.rank,
         node=facts.node,
         device=facts.device,
         weight_bytes=facts.report.weight_bytes,
-        kv_bytes=facts.report.kv_bytes,
+        kv_bytes=facts.report.kv_bytes + facts.report.state_bytes,
         head_start=heads.start,
         head_stop=heads.stop,
         stage=index,

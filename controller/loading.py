@@ -57,11 +57,12 @@ class LoadingDisplay:
             self._console.print(
                 f"[dim]{self._replica} rank {rank.rank} on {rank.node}: {report.tensors_used} "
                 f"tensors, {report.weight_bytes / MIB:.0f} MiB of weights, "
-                f"{report.kv_bytes / MIB:.0f} MiB of KV cache, kernels {report.kernels}"
+                f"{(report.kv_bytes + report.state_bytes) / MIB:.0f} MiB of KV cache, kernels {report.kernels}"
                 f"{_ignored(report.tensors_ignored)}[/]",
                 soft_wrap=True,
             )
-        self._console.print(f"[dim]KV cache: {memory.kv_tokens} tokens a replica[/]")
+        states = f", {memory.cache.num_states} states" if memory.cache.num_states else ""
+        self._console.print(f"[dim]KV cache: {memory.kv_tokens} tokens{states} a replica[/]")
 
 
 def _ignored(names: Sequence[str]) -> str:

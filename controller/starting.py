@@ -148,6 +148,8 @@ class ReplicaStarter:
             memory.cache.num_blocks,
             memory.cache.block_size,
             prefix_caching=config.prefix_caching,
+            num_states=memory.cache.num_states,
+            state_stride=config.state_stride or 0,
             namespace=f"{self._served.checkpoint}:{config.dtype}:{config.kv_dtype}".encode(),
         )
 

@@ -50,6 +50,34 @@ class AttentionSpec:
         return not self.softcap and self.alibi_slopes is None and self.sinks is None
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class StateInputs:
+    """What a state space of H heads of P channels takes in for L tokens, all float32.
+
+    Channels `x` [L, H, P], steps [L, H], and `b`, `c` [L, G, N] of G sets of heads. Decay `a` is
+    [H, N], or [H, 1] where all N numbers of a head's channels decay alike; `group` int64 [H] says
+    which set a head belongs to. In both cases a < 0 and steps >= 0.
+    """
+
+    x: Tensor
+    steps: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    group: Tensor
+
+    def at(self, tokens: slice | Tensor) -> StateInputs:
+        """The part of some tokens."""
+        return StateInputs(
+            x=self.x[tokens],
+            steps=self.steps[tokens],
+            a=self.a,
+            b=self.b[tokens],
+            c=self.c[tokens],
+            group=self.group,
+        )
+
+
 class AttentionPlan(Protocol):
     """A backend's own preparation of a step, made once and used by every layer."""
 
@@ -120,3 +148,17 @@ class KernelBackend(Protocol):
         spec: AttentionSpec,
     ) -> Tensor:
         """Causal attention of query [T, H, D] to the tokens in the pools -> [T, H, D]."""
+
+    def causal_conv(self, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """silu of each channel's convolution: window [R, L + W - 1, C], weight [C, W] ->
+        [R, L, C]; the last of the W weights is the current token's."""
+
+    def state_step(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for each of L sequences: states [L, H, P, N] -> (y [L, H, P], states); may
+        overwrite those given.
+
+        state = exp(steps a) state + steps x b^T, y = state c (Gu 2023; Dao 2024).
+        """
+
+    def state_scan(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """L tokens of one sequence: state [H, P, N] -> (y [L, H, P], state behind the last)."""

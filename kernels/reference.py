@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .int8 import from_pool, quantize, to_pool
-from .interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
+from .interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan, StateInputs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -132,6 +132,32 @@ class ReferenceBackend:
             weights = weigh(scores, distance, spec)
             output[rows] = (weights @ values.float()).transpose(0, 1).to(query.dtype)
         return output
+
+    def causal_conv(self, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A sum of W shifted products."""
+        width = weight.shape[1]
+        length = window.shape[1] - width + 1
+        total = window[:, :length] * weight[:, 0]
+        for tap in range(1, width):
+            total = total + window[:, tap : tap + length] * weight[:, tap]
+        return F.silu(total if bias is None else total + bias)
+
+    def state_step(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One update for all sequences."""
+        steps, group = inputs.steps, inputs.group
+        b, c = inputs.b[:, group, None], inputs.c[:, group, None]
+        decay = torch.exp(steps[..., None] * inputs.a)[:, :, None]
+        state = decay * state + (steps[..., None] * inputs.x)[..., None] * b
+        return (state * c).sum(-1), state
+
+    def state_scan(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Token by token."""
+        outputs = torch.empty_like(inputs.x)
+        state = state[None]
+        for token in range(len(inputs.x)):
+            part = slice(token, token + 1)
+            outputs[part], state = self.state_step(inputs.at(part), state)
+        return outputs, state[0]
 
 
 def weigh(scores: Tensor, distance: Tensor, spec: AttentionSpec) -> Tensor:

@@ -20,6 +20,7 @@ from .specs import (
     DecoderSpec,
     DType,
     LatentSpec,
+    StateSpec,
     activation_dtype,
 )
 
@@ -140,6 +141,8 @@ def cut_heads(num_heads: int, num_kv_heads: int, parts: int, index: int) -> Head
     its ranks, and the query heads of a group are divided among them. A rank left without query
     heads holds no key/value head either.
     """
+    if not num_heads:
+        return HeadCut(Span(0, 0), Span(0, 0))
     group = num_heads // num_kv_heads
     if parts <= num_kv_heads:
         kv = cut(num_kv_heads, parts, index)
@@ -154,6 +157,29 @@ def cut_heads(num_heads: int, num_kv_heads: int, parts: int, index: int) -> Head
     raise ValueError(f"rank index {index} is not in [0, {parts})")
 
 
+class StateCut(NamedTuple):
+    """A rank's part of a state space: its units (heads or channels) and what they read."""
+
+    units: Span
+    channels: Span
+    groups: Span
+    """Sets of heads that share b and c, those of neighbours included where they are shared."""
+
+
+def cut_state(state: StateSpec, parts: int, index: int) -> StateCut:
+    """The part of rank `index`: units are dealt out, groups follow from them."""
+    units, size = cut(state.units, parts, index), state.unit_size
+    each = state.units // state.groups
+    groups = Span(units.start // each, -(-units.stop // each)) if units.size else Span(0, 0)
+    return StateCut(units, Span(units.start * size, units.stop * size), groups)
+
+
+def whole_groups(state: StateSpec, parts: int) -> bool:
+    """Whether no group's heads are divided among ranks."""
+    each = state.units // state.groups
+    return all(cut(state.units, parts, index).start % each == 0 for index in range(parts))
+
+
 class RankCut(NamedTuple):
     """Everything that one rank owns of a model."""
 
@@ -164,6 +190,7 @@ class RankCut(NamedTuple):
     """Columns of each expert."""
     shared: Span = Span(0, 0)
     """Columns of the shared expert."""
+    state: StateCut | None = None
 
 
 def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
@@ -174,6 +201,7 @@ def cut_model(model: DecoderSpec, tp_size: int, rank: int) -> RankCut:
         vocab=cut(model.vocab_size, tp_size, rank),
         experts=cut(model.experts.intermediate_size if model.experts else 0, tp_size, rank),
         shared=cut(model.experts.shared_size if model.experts else 0, tp_size, rank),
+        state=cut_state(model.state, tp_size, rank) if model.state else None,
     )
 
 
@@ -194,7 +222,7 @@ def weight_bytes(
     model: DecoderSpec, tp_size: int, rank: int, dtype: DType, stage: Stage | None = None
 ) -> int:
     """Bytes of the weights that one rank of a stage holds; what corrects a choice of experts is
-    float32.
+    float32, and so are the numbers that a state space's states decay by.
 
     In int8, linear layers take a byte a weight and a scale for each output, and a table that is
     both embedding and head is held twice, once in each format.
@@ -204,6 +232,8 @@ def weight_bytes(
     if experts is not None and experts.corrected:
         held = sum(model.has_experts(layer) for layer in range(*stage.layers))
         wide = experts.num_experts * held
+    if model.state is not None:
+        wide += _decay_parameters(model.state, tp_size, rank) * state_layers(model, stage)
     total = size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
     if dtype != "int8":
         return total
@@ -281,14 +311,47 @@ def _latent_parameters(model: DecoderSpec, latent: LatentSpec, heads: int) -> in
     return total + heads * latent.value_dim * hidden
 
 
+def _decay_parameters(state: StateSpec, tp_size: int, rank: int) -> int:
+    """a, skip and the steps' bias of each unit."""
+    return cut_state(state, tp_size, rank).units.size * (
+        2 + (1 if state.heads else state.state_size)
+    )
+
+
+def convolved_channels(state: StateSpec, part: StateCut) -> int:
+    """A rank's channels that go through the convolution; with heads, b and c do as well."""
+    shared = 2 * part.groups.size * state.state_size if state.heads else 0
+    return part.channels.size + shared
+
+
+def _state_parameters(model: DecoderSpec, state: StateSpec, part: StateCut) -> int:
+    hidden, inner, units = model.hidden_size, part.channels.size, part.units.size
+    convolved = convolved_channels(state, part)
+    total = convolved * (state.conv_width + state.conv_bias)
+    if state.heads:
+        rows = inner + convolved + units
+        total += inner + units * 3  # norm; a, skip, bias of steps
+    else:
+        rows = 2 * inner
+        total += (state.step_rank + 2 * state.state_size) * inner
+        total += inner * (state.step_rank + state.state_size + 2)
+    return total + rows * (hidden + state.bias) + hidden * (inner + state.bias)
+
+
+_BLOCK_NORMS = {"pre": 2, "sandwich": 4, "post": 2, "parallel": 1, "parallel_two": 2, "single": 1}
+
+
 def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
     hidden = model.hidden_size
-    if model.latent is None:
+    if model.state is not None and part.state is not None and model.has_state(layer):
+        total = _state_parameters(model, model.state, part.state)
+    elif model.latent is None:
         total = _attention_parameters(model, part)
     else:
         total = _latent_parameters(model, model.latent, part.heads.query.size)
-    norms = {"pre": 2, "sandwich": 4, "post": 2, "parallel": 1, "parallel_two": 2}[model.block]
-    total += norms * _norm_parameters(model)
+    total += _BLOCK_NORMS[model.block] * _norm_parameters(model)
+    if model.block == "single":
+        return total
     if model.experts is not None and model.has_experts(layer):
         experts = model.experts
         shared = 0
@@ -306,6 +369,26 @@ def kv_bytes_per_token(
 ) -> int:
     """Bytes that one token takes in the KV pool of one rank of a stage."""
     kv = cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank).kv.size
-    layers = (stage or whole(model)).layers.size
+    stage = stage or whole(model)
+    layers = stage.layers.size - state_layers(model, stage)
     row = model.head_dim * DTYPE_BYTES[dtype] + INT8_SCALE_BYTES * (dtype == "int8")
     return 2 * layers * kv * row
+
+
+def state_layers(model: DecoderSpec, stage: Stage) -> int:
+    """Layers of a stage that have states in place of keys and values."""
+    return sum(model.has_state(layer) for layer in range(*stage.layers))
+
+
+def state_bytes_per_slot(
+    model: DecoderSpec, tp_size: int, rank: int, dtype: str, stage: Stage | None = None
+) -> int:
+    """Bytes that a sequence's states take on one rank of a stage: float32, and `dtype` what is
+    convolved."""
+    state = model.state
+    if state is None:
+        return 0
+    part = cut_state(state, tp_size, rank)
+    window = (state.conv_width - 1) * convolved_channels(state, part) * DTYPE_BYTES[dtype]
+    each = 4 * part.channels.size * state.state_size + window
+    return state_layers(model, stage or whole(model)) * each

@@ -81,8 +81,53 @@ class LatentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Elements of a value head, at most `head_dim`; the pool holds zeros behind them."""
 
 
+class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A selective state space in place of attention in `layers`.
+
+    From the hidden states come channels x, gates z, steps d and the vectors b, c of `state_size`.
+    x goes through a short convolution and SiLU, as do b and c where `heads`. With h the state,
+
+        h = exp(d a) h + d x b^T;   y = h c + skip x;   y silu(z), projected, is the output
+
+    With `heads` = 0 (Mamba, Gu 2023) every channel has its own d and vector a, and d, b, c come
+    from x. Else (Mamba-2, Dao 2024) channels stand in heads with one d and number a each, and
+    y silu(z) is normed within each of `groups`.
+    """
+
+    inner_size: int
+    """Channels."""
+    state_size: int
+    """Numbers that each channel carries on."""
+    conv_width: int
+    """Tokens that the convolution sees, the current one included."""
+    conv_bias: bool = True
+    bias: bool = False
+    """On the projections into the channels and out of them."""
+    step_rank: int = 0
+    """Size of the vector that the steps of all channels are made from; 0 with heads."""
+    heads: int = 0
+    groups: int = 1
+    """Sets of heads that share b and c."""
+    min_step: float = 0.0
+    max_step: float | None = None
+    """Steps are clamped to this range."""
+    inner_eps: float | None = None
+    """Of the RMS norm, without a weight, of b, c and what steps are made from; None = no norm."""
+    layers: tuple[int, ...]
+
+    @property
+    def units(self) -> int:
+        """What is dealt out to ranks: heads, or channels."""
+        return self.heads or self.inner_size
+
+    @property
+    def unit_size(self) -> int:
+        """Channels of a unit."""
+        return self.inner_size // self.units
+
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"]
-Block = Literal["pre", "sandwich", "post", "parallel", "parallel_two"]
+Block = Literal["pre", "sandwich", "post", "parallel", "parallel_two", "single"]
 QKNorm = Literal["none", "head", "each", "width"]
 
 
@@ -96,6 +141,10 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
         post          h += p1(a(h));      h += p2(m(h))
         parallel      h += a(n1(h)) + m(n1(h))
         parallel_two  h += a(n1(h)) + m(n2(h))
+        single        h += a(n1(h))
+
+    In the layers of `state`, a is a state space. Heads and `intermediate_size` are 0 in a model
+    without attention and feed-forward blocks.
     """
 
     family: str
@@ -149,6 +198,7 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """down(act(gate(x)) * up(x)), else down(act(up(x)))."""
     experts: ExpertSpec | None = None
     latent: LatentSpec | None = None
+    state: StateSpec | None = None
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     residual_scale: float = 1.0
@@ -180,6 +230,21 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
         local = self.local_rope is not None and self.window(layer) > 0
         return self.local_rope if local else self.rope
 
+    def has_state(self, layer: int) -> bool:
+        """Whether layer `layer` has a state space in place of attention."""
+        return self.state is not None and layer in self.state.layers
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.num_layers - (len(self.state.layers) if self.state else 0)
+
+    @property
+    def max_ranks(self) -> int:
+        """Ranks that each have a part of every layer."""
+        heads = [self.num_heads] if self.attention_layers else []
+        return min([*heads, *([self.state.units] if self.state else [])])
+
     def has_experts(self, layer: int) -> bool:
         """Whether layer `layer` has experts in place of the dense feed-forward block."""
         return self.experts is not None and layer in self.experts.layers
@@ -193,6 +258,8 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     dtype: DType
     """In int8, every key and value of a head has a float32 scale behind it."""
+    num_states: int = 0
+    """Slots that each hold the states of one sequence or prefix, in all layers that have them."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,3 +302,4 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     tensors_used: int
     tensors_ignored: list[str]
     kernels: str
+    state_bytes: int = 0

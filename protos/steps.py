@@ -28,6 +28,28 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """Which of the request's n samples this is; part of the random key."""
 
 
+NO_STATE = -1
+"""In place of a slot to read: states begin as zeros."""
+
+
+class StateSave(msgspec.Struct, frozen=True, array_like=True):
+    """The states as they are behind the row's first `num_tokens` tokens also go to `slot`."""
+
+    num_tokens: int
+    slot: int
+
+
+class StateUse(msgspec.Struct, frozen=True, array_like=True):
+    """Where a row finds and leaves its states. No other row of the step writes any slot of these."""
+
+    read: int
+    """Slot of the states before the row's first token, or `NO_STATE`."""
+    write: int
+    """Slot of those behind its last."""
+    saves: list[StateSave] = []
+    """By rising `num_tokens`, which are in [1, num_new]."""
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's work in this step.
 
@@ -39,6 +61,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     num_new: int
     new_blocks: list[int]
     """Block ids appended to the sequence's block table before computing."""
+    state: StateUse | None = None
+    """Given where the model has state spaces."""
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):

@@ -278,7 +278,8 @@ def local_replica() -> Iterator[Callable[..., LocalRun]]:
     """Factory: `local_replica(model, tp=1, pp=1, dtype="float32", **sizes) -> LocalRun`, running.
 
     sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens,
-    max_context.
+    max_context, num_states (with state spaces; a slot for each running sample by default),
+    state_stride.
     """
     with ExitStack() as stack:
 
@@ -304,6 +305,8 @@ def _local_run(
     prefix_caching: bool = True,
     reserve_tokens: int = 128,
     max_context: int | None = None,
+    num_states: int | None = None,
+    state_stride: int = 0,
 ) -> LocalRun:
     from phalanx.controller.cluster.local_fleet import LocalFleet
     from phalanx.controller.kvcache.manager import KVCacheManager
@@ -313,13 +316,15 @@ def _local_run(
     from phalanx.protos.specs import CacheSpec, WorkerSpec
 
     model = resolve_model(str(name), max_context)
+    slots = (num_states or max_running) if model.spec.state else 0
+    sizes = {"block_size": block_size, "num_blocks": num_blocks, "num_states": slots}
     spec = WorkerSpec(
         checkpoint=model.checkpoint,
         model=model.spec,
         dtype=dtype,  # type: ignore[arg-type]
         tp_size=tp,
         pp_size=pp,
-        cache=CacheSpec(block_size=block_size, num_blocks=num_blocks, dtype=dtype),  # type: ignore[arg-type]
+        cache=CacheSpec(dtype=dtype, **sizes),  # type: ignore[arg-type]
         max_tokens_per_step=max_tokens_per_step,
         max_running=max_running,
         eos_token_ids=model.eos_token_ids,
@@ -336,7 +341,7 @@ def _local_run(
         eos_token_ids=model.eos_token_ids,
         reserve_tokens=reserve_tokens,
     )
-    pool = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
+    pool = KVCacheManager(**sizes, prefix_caching=prefix_caching, state_stride=state_stride)
     scheduler, events = Scheduler(config, pool), queue.SimpleQueue[Any]()
     plans = config.max_in_flight
     replica = Replica(scheduler, fleet, events.put, max_in_flight=plans, step_timeout_s=60)

@@ -16,6 +16,7 @@ from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.steps import NewSequence, Row
 
 from .layers.rope import RotaryTable
+from .states import StateRows
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ class Batch:
     positions: Tensor | None = None  # int64 [T]
     local: tuple[Tensor, Tensor] | None = None
     """cos, sin of the layers that rotate at another pace."""
+    states: StateRows | None = None
+    """Where the layers that have states find them."""
 
 
 class BatchBuilder:
@@ -74,9 +77,12 @@ class BatchBuilder:
         block_size: int,
         device: torch.device,
         local: RotaryTable | None = None,
+        *,
+        has_states: bool = False,
     ) -> None:
         self._rotary, self._local, self._backend = rotary, local, backend
         self._block_size, self._device = block_size, device
+        self._has_states = has_states
 
     def build(self, rows: Sequence[Row], sequences: dict[int, SequenceState]) -> Batch:
         """Tensors for `rows`. Raises `GroupLost` if the plan does not fit what the rank knows."""
@@ -124,6 +130,7 @@ class BatchBuilder:
             scored=scored,
             positions=position_tensor,
             local=self._local.at(position_tensor) if self._local else None,
+            states=StateRows.of(rows, self._device) if self._has_states else None,
         )
 
     def _advance(self, row: Row, sequences: dict[int, SequenceState]) -> SequenceState:

@@ -11,16 +11,54 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.int8 import pool_width
-from phalanx.protos.specs import CacheSpec
+from phalanx.protos.shards import Stage, StateCut, convolved_channels
+from phalanx.protos.specs import CacheSpec, DecoderSpec, StateSpec
 from phalanx.protos.steps import BlockCopy
+
+
+class LayerState(NamedTuple):
+    """What the state spaces of one layer carry on, by slot."""
+
+    window: Tensor
+    """The last inputs of the convolution, [num_states, conv_width - 1, local channels]."""
+    state: Tensor
+    """float32 [num_states, local units, unit_size, state_size]."""
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim];
-    in int8, with the bytes of a scale behind every head_dim levels."""
+    in int8, with the bytes of a scale behind every head_dim levels. A layer
+    that has states in place of them has empty ones."""
 
     key: Tensor
     value: Tensor
+    state: LayerState | None = None
+
+
+class StatePool:
+    """The states of the `layers` layers here that have them. Which slot holds what is decided elsewhere."""
+
+    def __init__(
+        self,
+        state: StateSpec,
+        part: StateCut,
+        layers: int,
+        num_states: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        window = (layers, num_states, state.conv_width - 1, convolved_channels(state, part))
+        sizes = (layers, num_states, part.units.size, state.unit_size, state.state_size)
+        self._windows = torch.zeros(window, dtype=dtype, device=device)
+        self._states = torch.zeros(sizes, device=device)
+        pairs = zip(self._windows, self._states, strict=True)
+        self.layers = [LayerState(window, state) for window, state in pairs]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the pool in bytes."""
+        pools = (self._windows, self._states)
+        return sum(pool.numel() * pool.element_size() for pool in pools)
 
 
 class PagedCache:
@@ -60,3 +98,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def layer_caches(
+    model: DecoderSpec, stage: Stage, pages: PagedCache, states: StatePool | None
+) -> list[LayerCache]:
+    """What each layer of a stage keeps, in order."""
+    own = iter(pages.layers)
+    carried = iter(states.layers if states is not None else ())
+    none = LayerCache(torch.empty(0), torch.empty(0))
+    return [
+        none._replace(state=next(carried)) if model.has_state(layer) else next(own)
+        for layer in range(*stage.layers)
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
-from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages, state_layers
 from phalanx.protos.specs import LoadReport, WorkerSpec, activation_dtype
 from phalanx.protos.steps import (
     PromptLogprobs,
@@ -23,7 +23,7 @@ from phalanx.protos.steps import (
 )
 
 from .batch import Batch, BatchBuilder, SequenceState
-from .cache import PagedCache
+from .cache import PagedCache, StatePool, layer_caches
 from .checkpoint.source import open_checkpoint
 from .decoder import Decoder
 from .layers.rope import RotaryTable
@@ -33,6 +33,7 @@ from .parallel import TensorParallel
 from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
 from .sampling.sampler import Sampled, Sampler, SampleRow, is_plainly_greedy
+from .states import check_states
 
 
 class Engine:
@@ -61,14 +62,26 @@ class Engine:
         self._decoder = Decoder(model, self._names, *place, int8=spec.dtype == "int8")
         part = cut_model(model, group.size, group.rank)
         self._cache = PagedCache(
-            spec.cache, stage.layers.size, part.heads.kv.size, model.head_dim, self._device
+            spec.cache,
+            stage.layers.size - state_layers(model, stage),
+            part.heads.kv.size,
+            model.head_dim,
+            self._device,
         )
+        self._states: StatePool | None = None
+        if model.state is not None and part.state is not None:
+            slots = spec.cache.num_states
+            layers = state_layers(model, stage)
+            self._states = StatePool(model.state, part.state, layers, slots, dtype, self._device)
+        self._layers = layer_caches(model, stage, self._cache, self._states)
         rotary, local = (
             RotaryTable(rope, model.max_context, dtype, self._device) if rope else None
             for rope in (model.rope, model.local_rope)
         )
         block_size = spec.cache.block_size
-        self._builder = BatchBuilder(rotary, backend, block_size, self._device, local)
+        self._builder = BatchBuilder(
+            rotary, backend, block_size, self._device, local, has_states=model.state is not None
+        )
         self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
         self._grammars = Grammars(spec.tokenizer, model.vocab_size, spec.eos_token_ids)
         self._sequences: dict[int, SequenceState] = {}
@@ -91,7 +104,7 @@ class Engine:
             elsewhere=self._elsewhere(),
             progress=progress,
         )
-        self._decoder.fuse(self._cache.layers)
+        self._decoder.fuse(self._layers)
         if self._stage.is_last:
             self._grammars.settle()
         return LoadReport(
@@ -101,6 +114,7 @@ class Engine:
             tensors_used=len(used),
             tensors_ignored=unused,
             kernels=self._kernels,
+            state_bytes=0 if self._states is None else self._states.num_bytes,
         )
 
     @torch.inference_mode()
@@ -153,7 +167,7 @@ class Engine:
         if not self._stage.is_first:
             shape = (len(batch.token_ids), self._spec.model.hidden_size)
             before = self._pipeline.receive(shape, self._decoder.carried, self._device)
-        hidden = self._decoder(batch, self._cache.layers, before)
+        hidden = self._decoder(batch, self._layers, before)
         if self._stage.is_last:
             return hidden
         self._pipeline.send(hidden)
@@ -175,6 +189,7 @@ class Engine:
 
     def _check_ids(self, plan: StepPlan) -> None:
         """Compiled kernels read and write where these point, without looking."""
+        check_states(plan.rows, self._spec.cache.num_states)
         blocks = [block for row in plan.rows for block in row.new_blocks]
         blocks += [block for copy in plan.copies for block in (copy.source, copy.target)]
         tokens = [token for new in plan.new for token in new.token_ids]

@@ -57,6 +57,7 @@ def is_plain(model: DecoderSpec) -> bool:
         and model.activation == "silu"
         and model.experts is None
         and model.latent is None
+        and model.state is None
     )
 
 

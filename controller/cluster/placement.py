@@ -15,13 +15,23 @@ from phalanx.protos.shards import (
     MAX_CARRIED,
     MAX_LOGIT_ROWS,
     Stage,
+    convolved_channels,
     cut_model,
     cut_stages,
+    cut_state,
     kv_bytes_per_token,
+    state_bytes_per_slot,
     weight_bytes,
     whole,
 )
-from phalanx.protos.specs import DTYPE_BYTES, CacheSpec, DecoderSpec, DType, activation_dtype
+from phalanx.protos.specs import (
+    DTYPE_BYTES,
+    CacheSpec,
+    DecoderSpec,
+    DType,
+    StateSpec,
+    activation_dtype,
+)
 
 HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
 INNER_COPIES = 4  # gate and up, the activated gate, the product
@@ -33,12 +43,19 @@ PIECE_BYTES = 24  # of a logit while its random number is made
 PIECE_LOGITS = 1 << 18  # that this is done for at a time, at least one row
 SCORE_BYTES = 12  # of a score that is capped or biased, while it is made a weight
 PIECE_SCORES = 1 << 20  # that this is done for at a time
+FREE_TOKENS = 1 << 20  # of blocks that take no memory
+CONVOLVED_COPIES = 6  # as projected, window, two sums, activated, result
+STEP_COPIES = 5  # of states that advance by a token: as read, decay, what is added, sum, product
+STEPPED = 1 << 21  # states that do so at a time, at least one row's
+SCANNED = 1 << 17  # states that are worked out at a time
+SCANNED_COPIES = 2  # decay, what is added
+RUN = 64  # tokens that are scanned at a time by products
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """One rank's memory in bytes; `kv_tokens` is the size of its pool in tokens. Ranks are counted
-    through all stages."""
+    """One rank's memory in bytes; `kv_tokens` is the size of its pool in tokens, `state_slots`
+    that of its pool of states. Ranks are counted through all stages."""
 
     rank: int
     weights: int
@@ -47,6 +64,14 @@ class RankMemory:
     kv_per_token: int
     kv_tokens: int
     available: int | None = None
+    state_slot: int = 0
+    """Bytes of the states of one sequence or prefix."""
+    state_slots: int = 0
+
+    @property
+    def states(self) -> int:
+        """Bytes of the state pool."""
+        return self.state_slot * self.state_slots
 
     @property
     def kv(self) -> int:
@@ -56,7 +81,7 @@ class RankMemory:
     @property
     def fixed(self) -> int:
         """Bytes that are needed before the first token is cached."""
-        return self.weights + self.rope_table + self.activations
+        return self.weights + self.rope_table + self.activations + self.states
 
     @property
     def total(self) -> int:
@@ -120,7 +145,7 @@ def activation_bytes(
     block = max(attention, INNER_COPIES * part.mlp.size)
     if dtype == "int8":
         block = block * INT8_PARTS[0] // INT8_PARTS[1]
-    block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post"))
+    block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post", "single"))
     angles = sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
     elements = HIDDEN_COPIES * model.hidden_size + angles + block
     layers = max_tokens_per_step * (elements * size + INDEX_BYTES)
@@ -128,6 +153,10 @@ def activation_bytes(
     if model.attention_softcap or model.alibi_slopes:
         scores = part.heads.query.size * max_tokens_per_step**2
         layers += SCORE_BYTES * min(scores, PIECE_SCORES)
+    if model.state is not None:
+        layers += _state_bytes(
+            model, model.state, size, tp_size, rank, max_tokens_per_step, max_running
+        )
     if stage.count > 1:
         layers += (1 + MAX_CARRIED) * max_tokens_per_step * model.hidden_size * CARRIED_BYTES
     if not stage.is_last:
@@ -135,6 +164,39 @@ def activation_bytes(
     sampling = _logit_bytes(part.vocab.size, min(max_running, MAX_LOGIT_ROWS), size, LOGIT_COPIES)
     scoring = _logit_bytes(part.vocab.size, min(max_tokens_per_step, MAX_LOGIT_ROWS), size, 1)
     return max(layers, sampling, scoring)
+
+
+def _state_bytes(
+    model: DecoderSpec,
+    state: StateSpec,
+    size: int,
+    tp_size: int,
+    rank: int,
+    tokens: int,
+    rows: int,
+) -> int:
+    """What a layer with a state space works with: channels, and the states of all rows.
+
+    The largest of what is there while channels are convolved, while many tokens are scanned, and
+    while each row advances by one.
+    """
+    part = cut_state(state, tp_size, rank)
+    convolved, inner = convolved_channels(state, part), part.channels.size
+    states = inner * state.state_size
+    convolving = tokens * (inner + CONVOLVED_COPIES * convolved) * size
+    widened = convolved if size < 4 else 0
+    if state.heads:
+        copied = part.groups.size > 1  # b, c and what they give, for each head
+        run = RUN * ((2 + copied) * RUN + 2 * copied * state.state_size + 3 * state.unit_size)
+        run *= part.units.size
+        widened += inner
+    else:
+        run = SCANNED_COPIES * min(tokens * states, max(states, SCANNED))
+        widened += 2 * inner
+    scanning = tokens * ((inner + 2 * convolved) * size + 4 * widened)
+    scanning += 4 * (run + states)
+    stepping = STEP_COPIES * min(min(rows, tokens) * states, max(states, STEPPED))
+    return max(convolving, scanning, 4 * stepping)
 
 
 def _logit_bytes(columns: int, rows: int, size: int, copies: int) -> int:
@@ -156,15 +218,17 @@ def plan_memory(
     kv_tokens: int | None,
     min_kv_tokens: int = 1,
     pp_size: int = 1,
+    state_slots: int | None = None,
 ) -> MemoryPlan:
     """Divide `memory_per_rank` (bytes, one entry a rank) into weights, temporaries and KV blocks.
 
     Ranks are those of the first stage, then those of the second one, and so on.
-
     `kv_tokens` asks for a pool of so many tokens, rounded up to blocks; None fills the memory.
     Without `memory_per_rank` nothing can be compared, and `kv_tokens` must be given. A pool of
-    fewer than `min_kv_tokens` is refused. Raises `ConfigError` naming the rank, the bytes and what
-    would help.
+    fewer than `min_kv_tokens` is refused. `state_slots` asks for so many slots for states; None
+    takes two for each sequence that may run, or as many as fit beside the least KV pool. Where
+    blocks take no memory, as in a model of states alone, they are for `FREE_TOKENS` or more. Raises
+    `ConfigError` naming the rank, the bytes and what would help.
     """
     _check(
         model,
@@ -179,27 +243,25 @@ def plan_memory(
             "max_running": max_running,
             "kv_tokens": kv_tokens,
             "min_kv_tokens": min_kv_tokens,
+            "state_slots": state_slots,
         },
     )
     stages = cut_stages(model, pp_size)
-    ranks = [
-        replace(
-            _empty(model, stage, place, dtype, kv_dtype, tp_size, max_tokens_per_step, max_running),
-            available=None if memory_per_rank is None else memory_per_rank[rank],
-        )
-        for rank, (stage, place) in enumerate(product(stages, range(tp_size)))
-    ]
+    given = (dtype, kv_dtype, tp_size, max_tokens_per_step, max_running, memory_per_rank)
+    places = product(stages, range(tp_size))
+    ranks = [_empty(model, stage, place, *given) for stage, place in places]
     wanted = -(-(kv_tokens or min_kv_tokens) // block_size)
-    advice = [f"a tp_size above {tp_size}"]
-    if pp_size < model.num_layers:
-        advice.append(f"a pp_size above {pp_size}")
+    slots = state_slots or _slots(ranks, 2 * max_running, wanted * block_size)
+    ranks = [replace(memory, state_slots=slots) for memory in ranks]
+    more = [f"a pp_size above {pp_size}"] if pp_size < model.num_layers else []
     for memory in ranks:
+        advice = [f"a tp_size above {tp_size}", *more]
         _check_fits(memory, wanted * block_size, dtype, advice)
-    blocks = wanted if kv_tokens else min(filter(None, (_blocks(m, block_size) for m in ranks)))
+    blocks = wanted if kv_tokens else _fitting(ranks, block_size, wanted)
     return MemoryPlan(
         ranks=tuple(replace(memory, kv_tokens=blocks * block_size) for memory in ranks),
         dtype=dtype,
-        cache=CacheSpec(block_size=block_size, num_blocks=blocks, dtype=kv_dtype),
+        cache=CacheSpec(block_size=block_size, num_blocks=blocks, dtype=kv_dtype, num_states=slots),
         stages=stages,
     )
 
@@ -213,10 +275,13 @@ def _empty(
     tp_size: int,
     max_tokens_per_step: int,
     max_running: int,
+    memory_per_rank: Sequence[int] | None,
 ) -> RankMemory:
     """What the rank in `place` of a stage holds before there is a cache."""
+    rank = stage.index * tp_size + place
     return RankMemory(
-        rank=stage.index * tp_size + place,
+        rank=rank,
+        available=None if memory_per_rank is None else memory_per_rank[rank],
         weights=weight_bytes(model, tp_size, place, dtype, stage),
         # cos and sin of half the rotated dimensions, in the model's dtype
         rope_table=model.max_context
@@ -233,6 +298,7 @@ def _empty(
         ),
         kv_per_token=kv_bytes_per_token(model, tp_size, place, kv_dtype, stage),
         kv_tokens=0,
+        state_slot=state_bytes_per_slot(model, tp_size, place, dtype, stage),
     )
 
 
@@ -246,9 +312,10 @@ def _check(
     memory_per_rank: Sequence[int] | None,
     sizes: dict[str, int | None],
 ) -> None:
-    if not 1 <= tp_size <= model.num_heads:
+    if not 1 <= tp_size <= model.max_ranks:
+        what = "attention heads" if model.attention_layers else "heads or channels"
         raise ConfigError(
-            f"tp_size is {tp_size}, allowed are 1 to {model.num_heads}, the model's attention heads"
+            f"tp_size is {tp_size}, allowed are 1 to {model.max_ranks}, the model's {what}"
         )
     for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
         if value not in DTYPE_BYTES:
@@ -256,6 +323,10 @@ def _check(
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ConfigError(f"{name} is {size}, at least 1 is needed")
+    if model.state is not None and dtype == "int8":
+        raise ConfigError("dtype is 'int8', which models with state spaces do not have")
+    if sizes["state_slots"] is not None and model.state is None:
+        raise ConfigError(f"state_slots is {sizes['state_slots']}, the model has no state spaces")
     asked, least = sizes["kv_tokens"], sizes["min_kv_tokens"]
     if asked is not None and least is not None and asked < least:
         raise ConfigError(f"kv_tokens is {asked}, at least {least} are needed")
@@ -275,13 +346,16 @@ def _check_fits(memory: RankMemory, kv_tokens: int, dtype: str, advice: list[str
         return
     advice = [*advice, *(["a 2-byte dtype"] if DTYPE_BYTES[dtype] > 2 else [])]
     advice.append("fewer max_tokens_per_step")
-    if memory.fixed < memory.available:
+    if memory.state_slots > 1:
+        advice.append("fewer state_slots")
+    if memory.fixed < memory.available and memory.kv_per_token:
         advice.append(
             f"kv_tokens of at most {(memory.available - memory.fixed) // memory.kv_per_token}"
         )
+    states = f"{memory.state_slots} states {memory.states}, " if memory.state_slots else ""
     raise ConfigError(
         f"rank {memory.rank} needs {needed} bytes (weights {memory.weights}, rope table "
-        f"{memory.rope_table}, activations {memory.activations}, KV cache of {kv_tokens} tokens "
+        f"{memory.rope_table}, activations {memory.activations}, {states}KV cache of {kv_tokens} tokens "
         f"{needed - memory.fixed}) and has {memory.available}; would help: {', '.join(advice)}"
     )
 
@@ -291,3 +365,22 @@ def _blocks(memory: RankMemory, block_size: int) -> int | None:
     if memory.available is None or memory.kv_per_token == 0:
         return None
     return (memory.available - memory.fixed) // (memory.kv_per_token * block_size)
+
+
+def _fitting(ranks: Sequence[RankMemory], block_size: int, least: int) -> int:
+    """KV blocks that fit on every rank; where they take no memory, `least` or `FREE_TOKENS`."""
+    free = max(least, FREE_TOKENS // block_size)
+    return min(filter(None, (_blocks(memory, block_size) for memory in ranks)), default=free)
+
+
+def _slots(ranks: Sequence[RankMemory], most: int, kv_tokens: int) -> int:
+    """Slots for states that fit on every rank beside `kv_tokens`: at most `most`, at least 1, none
+    for a model without states."""
+    if not any(memory.state_slot for memory in ranks):
+        return 0
+    fitting = [
+        (memory.available - memory.fixed - memory.kv_per_token * kv_tokens) // memory.state_slot
+        for memory in ranks
+        if memory.available is not None and memory.state_slot
+    ]
+    return max(min([most, *fitting]), 1)

@@ -41,6 +41,7 @@ def plan_config(
     auto_dtype: DType,
     memory_per_rank: Sequence[int] | None,
     kv_tokens: int | None,
+    state_slots: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a configuration; one full context is the least cache that is accepted.
 
@@ -61,6 +62,7 @@ def plan_config(
         memory_per_rank=memory_per_rank,
         kv_tokens=kv_tokens,
         min_kv_tokens=served.max_context,
+        state_slots=config.state_slots or state_slots,
     )
 
 
@@ -96,17 +98,20 @@ def size_group(
     auto: DType = "bfloat16" if all(node.fast_bfloat16 for node in nodes) else "float32"
     memory = _memory_per_rank(config, device, nodes)
 
-    def plan(kv_tokens: int | None) -> MemoryPlan:
+    def plan(kv_tokens: int | None, state_slots: int | None = None) -> MemoryPlan:
         return plan_config(
-            config, served, auto_dtype=auto, memory_per_rank=memory, kv_tokens=kv_tokens
+            config,
+            served,
+            auto_dtype=auto,
+            memory_per_rank=memory,
+            kv_tokens=kv_tokens,
+            state_slots=state_slots,
         )
 
     result = plan(config.kv_tokens)
-    if config.kv_tokens is None and config.memory_per_rank is None and device == "cpu":
-        widest = max(rank.kv_per_token for rank in result.ranks)
-        most = max(CPU_KV_BYTES // widest, served.max_context)
-        if result.kv_tokens > most:
-            result = plan(most)
+    if config.memory_per_rank is None and device == "cpu":
+        tokens, slots = _modest(result, served.max_context)
+        result = plan(config.kv_tokens or tokens, slots)
     spec = WorkerSpec(
         checkpoint=served.checkpoint,
         model=served.spec,
@@ -122,6 +127,18 @@ def size_group(
         tokenizer=served.tokenizer.to_str(),
     )
     return spec, result
+
+
+def _modest(plan: MemoryPlan, max_context: int) -> tuple[int, int | None]:
+    """Tokens and slots for states of a plan, but no more than a host shared with others gives."""
+    widest = max(rank.kv_per_token for rank in plan.ranks)
+    tokens = plan.kv_tokens
+    if widest:
+        tokens = min(tokens, max(CPU_KV_BYTES // widest, max_context))
+    slots = plan.cache.num_states
+    if slots:
+        slots = min(slots, max(CPU_KV_BYTES // max(rank.state_slot for rank in plan.ranks), 1))
+    return tokens, slots or None
 
 
 def _memory_per_rank(

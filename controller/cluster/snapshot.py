@@ -10,8 +10,9 @@ ReplicaPhase = Literal["starting", "ready", "draining", "lost"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSnapshot:
-    """One rank of a replica; it holds the query heads [head_start, head_stop) of the layers
-    [layer_start, layer_stop), those of its stage."""
+    """One rank of a replica; it holds the query heads [head_start, head_stop), or as many heads or
+    channels of a model that has state spaces alone, of the layers [layer_start, layer_stop), those
+    of its stage. `kv_bytes` counts states as well."""
 
     rank: int
     node: str

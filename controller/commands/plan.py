@@ -11,9 +11,12 @@ from phalanx.controller.config import RULES, load_config
 from .flags import config_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
-    from phalanx.controller.cluster.placement import MemoryPlan
+    from phalanx.controller.cluster.placement import MemoryPlan, RankMemory
+    from phalanx.protos.shards import RankCut
     from phalanx.protos.specs import DecoderSpec
 
 PLAN_FLAGS = (
@@ -27,6 +30,7 @@ PLAN_FLAGS = (
     "block_size",
     "max_tokens_per_step",
     "max_running",
+    "state_slots",
 )
 
 
@@ -59,11 +63,15 @@ def plan(
     console = Console(highlight=False)
     spec = served.spec
     console.print(
-        f"[bold]{served.name}[/] ({spec.family}): {spec.num_layers} layers, {spec.num_heads} query "
-        f"and {spec.num_kv_heads} key/value heads, weights {memory.dtype}, "
-        f"KV cache {memory.cache.dtype}"
+        f"[bold]{served.name}[/] ({spec.family}): {spec.num_layers} layers, {_heads(spec)}, "
+        f"weights {memory.dtype}"
+        + (f", KV cache {memory.cache.dtype}" if spec.attention_layers else "")
     )
     console.print(rank_table(spec, memory))
+    if slots := memory.cache.num_states:
+        console.print(f"States: [bold]{slots}[/] slots for running requests and past prompts")
+    if not spec.attention_layers:
+        return
     contexts = memory.kv_tokens / served.max_context
     console.print(
         f"KV cache: [bold]{memory.kv_tokens}[/] tokens in {memory.cache.num_blocks} blocks of "
@@ -73,6 +81,21 @@ def plan(
     )
 
 
+def _layers(memory: MemoryPlan, stage: int) -> str:
+    layers = memory.stages[stage].layers
+    return f"{layers.start}-{layers.stop - 1}"
+
+
+def _heads(spec: DecoderSpec) -> str:
+    parts = []
+    if spec.attention_layers:
+        parts.append(f"{spec.num_heads} query and {spec.num_kv_heads} key/value heads")
+    if spec.state is not None:
+        kind = "heads" if spec.state.heads else "channels"
+        parts.append(f"{spec.state.units} {kind} of {spec.state.state_size} states")
+    return ", ".join(parts)
+
+
 def rank_table(spec: DecoderSpec, memory: MemoryPlan) -> Table:
     """One line a rank: its part of every dimension, and its bytes."""
     from phalanx.protos.shards import cut_model
@@ -80,35 +103,40 @@ def rank_table(spec: DecoderSpec, memory: MemoryPlan) -> Table:
     from .terminal import format_bytes, plain_table
 
     table = plain_table()
+    pages, states = spec.attention_layers > 0, spec.state is not None
     tp_size, staged = len(memory.ranks) // len(memory.stages), len(memory.stages) > 1
-    for name in (
-        "rank",
-        *(["layers"] if staged else []),
-        "heads",
-        "KV\nheads",
-        "MLP\nwidth",
-        "vocab\nrows",
-        "weights",
-        "KV a\ntoken",
-        "tempo-\nrary" if staged else "temporary",
-        "KV cache",
-        "total",
-    ):
+    columns: list[tuple[str, bool, Callable[[RankMemory, RankCut], str]]] = [
+        ("rank", True, lambda rank, part: str(rank.rank)),
+        (
+            "layers",
+            staged,
+            lambda rank, part: _layers(memory, rank.rank // tp_size),
+        ),
+        ("heads", pages, lambda rank, part: str(part.heads.query.size)),
+        ("KV\nheads", pages, lambda rank, part: str(part.heads.kv.size)),
+        ("MLP\nwidth", pages, lambda rank, part: str(part.mlp.size)),
+        (
+            "state\nheads" if spec.state and spec.state.heads else "channels",
+            states,
+            lambda rank, part: str(part.state.units.size if part.state else 0),
+        ),
+        ("vocab\nrows", True, lambda rank, part: str(part.vocab.size)),
+        ("weights", True, lambda rank, part: format_bytes(rank.weights)),
+        ("KV a\ntoken", pages, lambda rank, part: format_bytes(rank.kv_per_token)),
+        ("one\nstate", states, lambda rank, part: format_bytes(rank.state_slot)),
+        (
+            "tempo-\nrary" if staged else "temporary",
+            True,
+            lambda rank, part: format_bytes(rank.activations + rank.rope_table),
+        ),
+        ("KV cache", pages, lambda rank, part: format_bytes(rank.kv)),
+        ("states", states, lambda rank, part: format_bytes(rank.states)),
+        ("total", True, lambda rank, part: format_bytes(rank.total)),
+    ]
+    shown = [(name, value) for name, wanted, value in columns if wanted]
+    for name, _ in shown:
         table.add_column(name, justify="right")
     for rank in memory.ranks:
-        index, place = divmod(rank.rank, tp_size)
-        part, layers = cut_model(spec, tp_size, place), memory.stages[index].layers
-        table.add_row(
-            str(rank.rank),
-            *([f"{layers.start}-{layers.stop - 1}"] if staged else []),
-            str(part.heads.query.size),
-            str(part.heads.kv.size),
-            str(part.mlp.size),
-            str(part.vocab.size),
-            format_bytes(rank.weights),
-            format_bytes(rank.kv_per_token),
-            format_bytes(rank.activations + rank.rope_table),
-            format_bytes(rank.kv),
-            format_bytes(rank.total),
-        )
+        part = cut_model(spec, tp_size, rank.rank % tp_size)
+        table.add_row(*(value(rank, part) for _, value in shown))
     return table

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from phalanx.protos.steps import BlockCopy
+from phalanx.protos.steps import BlockCopy, StateUse
 
 from .blocks import BlockPool, require
 from .changes import ChangeLog, PrefixUpdate
 from .prefix import DigestChain, PrefixIndex, PrefixNaming
+from .states import StateSlots
 
 
 @dataclass(slots=True)
@@ -30,6 +31,8 @@ class _Table:
     blocks: list[int]
     chain: DigestChain | None
     num_committed: int
+    goals: frozenset[int] = frozenset()
+    """Numbers of leading blocks whose state is to be kept."""
 
 
 class Fork(NamedTuple):
@@ -50,6 +53,9 @@ class KVCacheManager:
                                            idle cached --evicted, least recently used--> referenced
 
     namespace: names what the KV entries depend on besides the tokens (the model); hashed in.
+    num_states: slots of the state pool, of a model with state spaces. Its sequences hold a slot
+    beside their blocks, and begin only where the state is known: see `states.py`. States are kept
+    at the end of a prompt, where it parts from others', and every `state_stride` tokens, 0 = not.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class KVCacheManager:
         *,
         prefix_caching: bool = True,
         namespace: bytes = b"",
+        num_states: int = 0,
+        state_stride: int = 0,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens: both must be at least 1")
@@ -69,6 +77,13 @@ class KVCacheManager:
         self._index = PrefixIndex()
         self._tables: dict[int, _Table] = {}
         self._log: ChangeLog | None = None
+        self._states = StateSlots(num_states) if num_states else None
+        self._state_stride = self.blocks_for(state_stride)
+
+    @property
+    def states(self) -> StateSlots | None:
+        """Who owns the slots of the state pool, if there is one."""
+        return self._states
 
     @property
     def num_blocks(self) -> int:
@@ -107,8 +122,16 @@ class KVCacheManager:
     def match(self, chain: DigestChain | None, num_tokens: int) -> list[int]:
         """The longest run of cached blocks at the start of the chain; changes nothing.
 
-        The last of `num_tokens` tokens is never covered: computing it is what gives logits.
+        The last of `num_tokens` tokens is never covered: computing it is what gives logits. With
+        states, the run ends where one was kept.
         """
+        cached = self._indexed(chain, num_tokens)
+        if self._states is not None and chain is not None:
+            while cached and not self._states.holds(chain.digests[len(cached) - 1]):
+                cached.pop()
+        return cached
+
+    def _indexed(self, chain: DigestChain | None, num_tokens: int) -> list[int]:
         cached: list[int] = []
         if chain is None:
             return cached
@@ -137,13 +160,56 @@ class KVCacheManager:
         fresh = self.blocks_for(num_tokens) - len(cached)
         # an idle block that is matched is no longer free either
         revived = sum(self._pool.references(block) == 0 for block in cached)
-        if fresh + revived + reserve > self.num_free:
+        if fresh + revived + reserve > self.num_free or not self._has_state_room:
             return None
+        goals = self._goals(chain)
         for block in cached:
             self._share(block)
         blocks = [*cached, *self._take(fresh)]
-        self._tables[seq] = _Table(blocks, chain, len(cached))
+        self._tables[seq] = _Table(blocks, chain, len(cached), goals)
+        if self._states is not None:
+            known = chain.digests[len(cached) - 1] if chain is not None and cached else None
+            self._states.open(seq, known)
         return list(blocks)
+
+    @property
+    def _has_state_room(self) -> bool:
+        return self._states is None or self._states.has_room
+
+    def _goals(self, chain: DigestChain | None) -> frozenset[int]:
+        """Where a prompt ends, and where it parts from others, whose state was not kept there."""
+        if self._states is None or chain is None:
+            return frozenset()
+        end = (chain.num_tokens - 1) // self.block_size
+        return frozenset((end, len(self._indexed(chain, chain.num_tokens))))
+
+    def use_states(
+        self, seq: int, first: int, last: int, *, forks_at: int | None = None
+    ) -> StateUse | None:
+        """What a row for the sequence's tokens [first, last) does with slots of the state pool.
+
+        forks_at: tokens whose state is kept for forks of this sequence.
+        """
+        if self._states is None:
+            return None
+        table, size, stride = self._tables[seq], self.block_size, self._state_stride
+        digests = [] if table.chain is None else table.chain.digests
+        wanted: dict[int, bytes | int] = {}
+        if forks_at is not None and first < forks_at <= last:
+            wanted[forks_at - first] = seq
+        for count in range(first // size + 1, min(last // size, len(digests)) + 1):
+            if count in table.goals or (stride and count % stride == 0):
+                wanted[count * size - first] = digests[count - 1]
+        return self._states.use(seq, sorted(wanted.items(), key=lambda item: item[0]))
+
+    def settle_states(self) -> None:
+        """The plan is made: the states that it keeps may be begun from."""
+        if self._states is not None:
+            self._states.settle()
+
+    def can_fork(self, parent: int) -> bool:
+        """Whether a fork of this sequence can begin where `forks_at` said."""
+        return self._states is None or self._states.holds(parent)
 
     def append(self, seq: int, num_tokens: int) -> list[int] | None:
         """Grow a table to hold `num_tokens`: the added blocks, or None, changing nothing."""
@@ -183,12 +249,14 @@ class KVCacheManager:
         source = self._tables[parent].blocks
         full, partial = divmod(shared_tokens, self.block_size)
         fresh = self.blocks_for(num_tokens) - full
-        if fresh + reserve > self.num_free:
+        if fresh + reserve > self.num_free or not self._has_state_room:
             return None
         for block in source[:full]:
             self._share(block)
         added = self._take(fresh)
         self._tables[seq] = _Table([*source[:full], *added], chain, full)
+        if self._states is not None:
+            self._states.open(seq, parent)
         copy = BlockCopy(source[full], added[0]) if partial else None
         return Fork(list(self._tables[seq].blocks), copy)
 
@@ -208,6 +276,8 @@ class KVCacheManager:
 
     def release(self, seq: int) -> None:
         """Close a table. Blocks that nobody else refers to become free, or idle if indexed."""
+        if self._states is not None:
+            self._states.release(seq)
         # last block first: of a prefix that is no longer used, the end is evicted before the
         # start, without which the end could not be matched
         for block in reversed(self._tables.pop(seq).blocks):
@@ -223,6 +293,8 @@ class KVCacheManager:
             block = self._index.forget(digest)
             if block is not None:
                 self._pool.free(block)
+            if self._states is not None:
+                self._states.forget(digest)
 
     def track_changes(self, epoch: int) -> None:
         """Record from now on which prefixes come and go, for `drain_changes`."""
@@ -239,6 +311,9 @@ class KVCacheManager:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for exactly once. O(blocks)."""
+        if self._states is not None:
+            self._states.check_integrity()
+            require(self._states.sequences == self._tables.keys(), "states without tables")
         references: Counter[int] = Counter()
         for seq, table in self._tables.items():
             require(

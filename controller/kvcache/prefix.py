@@ -55,6 +55,11 @@ class DigestChain:
         self._rest: list[int] = []
         self.digests: list[bytes] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed so far."""
+        return len(self.digests) * self._block_size + len(self._rest)
+
     def feed(self, token_ids: Sequence[int]) -> None:
         """Append tokens. Amortised O(len(token_ids))."""
         self._rest += token_ids

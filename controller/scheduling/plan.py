@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from phalanx.protos.steps import BlockCopy, NewSequence, Row, StepPlan
+from phalanx.protos.steps import BlockCopy, NewSequence, Row, StateUse, StepPlan
 
 from .sample import Sample
 
@@ -24,12 +24,16 @@ class PlanDraft:
     sampling: set[int] = field(default_factory=set)
     """The attempts that sample a token."""
 
-    def add(self, sample: Sample, new_blocks: list[int]) -> None:
-        """Let the sample compute what remains, as far as the budget goes."""
-        count = min(sample.remaining, self.budget)
+    def count(self, sample: Sample) -> int:
+        """Tokens that the sample would compute: what remains, as far as the budget goes."""
+        return min(sample.remaining, self.budget)
+
+    def add(self, sample: Sample, new_blocks: list[int], state: StateUse | None = None) -> None:
+        """Let the sample compute `count` tokens."""
+        count = self.count(sample)
         self.budget -= count
         sample.num_computed += count
-        self.rows.append(Row(sample.seq, count, new_blocks))
+        self.rows.append(Row(sample.seq, count, new_blocks, state))
         self.samples[sample.seq] = sample
         if not sample.remaining:
             sample.pending += 1

@@ -53,6 +53,7 @@ class StepPlanner:
             self._cache.commit(sample.seq, sample.num_computed)
             if sample.followers and sample.has_prompt:
                 self._release_followers(sample)
+        self._cache.settle_states()
         return draft
 
     def dismiss(self, sample: Sample) -> None:
@@ -80,10 +81,19 @@ class StepPlanner:
             if sample.remaining > 1:
                 chunks.append(sample)
             elif (blocks := self._grow(sample)) is not None:
-                draft.add(sample, blocks)
+                self._add(draft, sample, blocks)
         for sample in chunks:
             if draft.budget and sample.state is State.RUNNING:
-                draft.add(sample, [])  # room for all known tokens came with the admission
+                self._add(draft, sample, [])  # room for all known tokens came with the admission
+
+    def _add(self, draft: PlanDraft, sample: Sample, blocks: list[int]) -> None:
+        """Let the sample compute; where there are states, say where its own are."""
+        first = sample.num_computed
+        forks_at = sample.num_prompt - 1 if sample.followers else None
+        last = first + draft.count(sample)
+        draft.add(
+            sample, blocks, self._cache.use_states(sample.seq, first, last, forks_at=forks_at)
+        )
 
     def _grow(self, sample: Sample) -> list[int] | None:
         """Blocks for one more token; None if this sample itself had to give way.
@@ -133,7 +143,7 @@ class StepPlanner:
                 self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
             sample.was_admitted, sample.fork_of = True, None
             draft.new.append(sample.new_sequence())
-            draft.add(sample, list(self._cache.table(sample.seq)))
+            self._add(draft, sample, list(self._cache.table(sample.seq)))
 
     def _open_table(self, sample: Sample, draft: PlanDraft) -> bool:
         """Give the sample blocks for all its known tokens and one more. False: it must wait."""
@@ -144,7 +154,7 @@ class StepPlanner:
         room = min(sample.length + 1, most) if self._may_preempt(sample) else most
         reserve = self._reserve()
         leader = None if sample.fork_of is None else self.running.get(sample.fork_of)
-        if leader is not None:
+        if leader is not None and self._cache.can_fork(leader.seq):
             opened = self._fork(leader, sample, room, reserve, draft.copies)
         else:
             opened = self._match(sample, room, reserve)

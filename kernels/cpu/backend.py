@@ -14,11 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.kernels.int8 import from_pool, to_pool
-from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
+from phalanx.kernels.interface import (
+    AttentionPlan,
+    AttentionSpec,
+    PackedLinear,
+    SequenceSpan,
+    StateInputs,
+)
 from phalanx.kernels.reference import ReferenceBackend
 
 from .int8 import Int8Linear, multiplies_exactly
 from .plan import CpuPlan, DecodeGroup, PrefillSpan
+from .scan import scan, step
 
 PACK_BATCH_HINT = 32
 """Rows that oneDNN lays the weights out for; a hint of 1 is slow at every batch size."""
@@ -94,6 +101,14 @@ class CpuBackend(ReferenceBackend):
             values = _gather(value_pool, span.blocks)[:, : span.length].to(query.dtype)
             output[span.rows] = prefill(query[span.rows], keys, values, span, spec)
         return output
+
+    def state_step(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """In place, for states are large and this is done by the speed of memory."""
+        return step(inputs, state)
+
+    def state_scan(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """A run of tokens at a time."""
+        return scan(inputs, state)
 
 
 def _decode(

@@ -22,7 +22,7 @@ from phalanx.kernels.select import select_backend
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.shards import kv_bytes_per_token, weight_bytes
 from phalanx.protos.specs import CacheSpec, DecoderSpec, DType, WorkerSpec
-from phalanx.protos.steps import NewSequence, PromptLogprobs, Row, StepPlan, TokenLogprob
+from phalanx.protos.steps import NO_STATE, NewSequence, PromptLogprobs, Row, StateUse, StepPlan
 from phalanx.workers.engine import Engine
 from phalanx.workers.models.registry import describe
 from phalanx.workers.models.verified import CHUNKS, HITS, LENGTHS
@@ -32,9 +32,8 @@ VOCAB, NEW_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 131, 16, 4, 40
 PROMPTS = [[(7 * i * i + 3 * i + 5) % VOCAB for i in range(37)], [i * 5 % VOCAB for i in range(21)]]
 PIECES = [[5, 1, 14, 17], [20, 1]]
 SERVED = {"block_size": 4, "num_blocks": 120, "max_tokens_per_step": 13, "max_running": 4}
-
-
-Tops = list[list[TokenLogprob]]
+SERVED |= {"num_states": 40, "state_stride": 8}
+Tops = list[list[Any]]
 Seen = dict[tuple[str, str], dict[str, list[int]]]
 SEEN = pytest.StashKey[Seen]()
 
@@ -238,12 +237,13 @@ def start(
     kernels: str | None = None,
     kv_dtype: DType | None = None,
 ) -> list[Engine]:
+    sizes = {"block_size": BLOCK_SIZE, "num_blocks": num_blocks, "num_states": len(PROMPTS)}
     worker = WorkerSpec(
         checkpoint=str(checkpoint),
         model=spec,
         dtype=dtype,
         tp_size=tp,
-        cache=CacheSpec(block_size=BLOCK_SIZE, num_blocks=num_blocks, dtype=kv_dtype or dtype),
+        cache=CacheSpec(dtype=kv_dtype or dtype, **sizes),
         max_tokens_per_step=100,
         max_running=8,
         eos_token_ids=(),
@@ -267,14 +267,14 @@ def generate(engines: list[Engine]) -> tuple[list[list[int]], list[Tops]]:
     free = [(index * 11 + 3) % NUM_BLOCKS for index in range(NUM_BLOCKS)]
     chunks = [list(sizes) for sizes in PIECES]
     outputs: list[list[int]] = [[], []]
-    tops: list[Tops] = [[], []]
-    step = 0
+    tops, step = [Tops(), Tops()], 0
     while min(map(len, outputs)) < NEW_TOKENS:
         new = [NewSequence(seq, p, len(p), 0, params) for seq, p in enumerate(PROMPTS)]
         rows = []
         for seq in (0, 1):
-            blocks = free[20 * seq : 20 * seq + 16] if step == 0 else []
-            rows.append(Row(seq, chunks[seq].pop(0) if chunks[seq] else 1, blocks))
+            blocks, begin = ([], seq) if step else (free[20 * seq : 20 * seq + 16], NO_STATE)
+            count, use = chunks[seq].pop(0) if chunks[seq] else 1, StateUse(begin, seq)
+            rows.append(Row(seq, count, blocks, use))
         plan = StepPlan(0, step, [], new if step == 0 else [], [], rows)
         results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
         assert all(result.sampled == results[0].sampled for result in results)
@@ -387,7 +387,8 @@ def scored() -> Callable[..., list[PromptLogprobs]]:
         parts: list[PromptLogprobs] = []
         for step, first in enumerate(range(0, len(tokens), 100)):
             new = [NewSequence(0, tokens, len(tokens), 0, params)] if step == 0 else []
-            row = Row(0, min(100, len(tokens) - first), blocks if step == 0 else [])
+            own, begin = ([], 0) if step else (blocks, NO_STATE)
+            row = Row(0, min(100, len(tokens) - first), own, StateUse(begin, 0))
             plan = StepPlan(0, step, [], new, [], [row])
             results = on_all_ranks(engines, lambda engine, plan=plan: engine.step(plan))
             assert not results[0].failures

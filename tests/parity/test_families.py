@@ -92,6 +92,7 @@ LATENT = LLAMA | {
     "topk_group": 2,
     "routed_scaling_factor": 1.7,
 }
+STATES = SIZES | {"hidden_size": 45, "num_hidden_layers": 2, "state_size": 7, "conv_kernel": 3}
 LATENT_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", LLAMA | {"attention_bias": True, "mlp_bias": True}),
@@ -233,6 +234,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         LATENT | {"q_lora_rank": None, "norm_topk_prob": False, "first_k_dense_replace": 0,
                   "v_head_dim": 14, "n_group": 2, "topk_group": 1},
+    ),
+    "mamba": ("MambaConfig", STATES | {"time_step_rank": 5}),
+    "mamba-biased": ("MambaConfig", STATES | {"use_bias": True, "use_conv_bias": False}),
+    "falcon_mamba": ("FalconMambaConfig", STATES | {"mixer_rms_eps": 1e-2}),
+    "mamba2": ("Mamba2Config", STATES | {"num_heads": 9, "head_dim": 10, "n_groups": 3}),
+    "mamba2-biased": (
+        "Mamba2Config",
+        STATES | {"num_heads": 15, "head_dim": 6, "n_groups": 1, "use_bias": True,
+                  "chunk_size": 8},
     ),
     "deepseek-v3-dense": ("DeepseekV3Config", LATENT | {"first_k_dense_replace": 3}),
 }  # fmt: skip

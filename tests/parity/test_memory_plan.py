@@ -31,7 +31,7 @@ from phalanx.controller.model import ServedModel, resolve_model
 from phalanx.kernels.cpu.backend import CpuBackend
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import WorkerSpec
-from phalanx.protos.steps import NewSequence, Row, StepPlan
+from phalanx.protos.steps import NO_STATE, NewSequence, Row, StateUse, StepPlan
 from phalanx.workers.engine import Engine
 
 BLOCK_SIZE = 16
@@ -120,7 +120,8 @@ def largest_steps(spec: WorkerSpec) -> Iterator[StepPlan]:
             blocks = -(-length // BLOCK_SIZE)
             ids = [(7 * place + 31 * index) % spec.model.vocab_size for place in range(length)]
             new.append(NewSequence(first + index, ids, length, 0, params(index)))
-            rows.append(Row(first + index, length, list(range(used, used + blocks))))
+            states = StateUse(NO_STATE, index) if spec.model.state else None
+            rows.append(Row(first + index, length, list(range(used, used + blocks)), states))
             used += blocks
         forget = list(range(first)) if step else []
         yield StepPlan(0, step, forget, new, [], rows)
@@ -156,7 +157,8 @@ def check(model: ServedModel, dtype: Any, tp_size: int, rank: int, **sizes: int)
         engine = Engine(spec, AloneOf(rank, tp_size), CpuBackend())
         report = engine.load()
     assert (report.weight_bytes, report.kv_bytes) == (memory.weights, memory.kv)
-    held = memory.weights + memory.kv + memory.rope_table
+    assert report.state_bytes == memory.states
+    held = memory.weights + memory.kv + memory.rope_table + memory.states
     assert loading.left == pytest.approx(held, rel=0.01), "a copy of some weight stays alive"
     peak = 0
     for step in largest_steps(spec):
@@ -243,3 +245,40 @@ def test_latent_attention(
     )
     served = replace(resolve_model(str(tiny_llama())), checkpoint=str(made.folder), spec=made.spec)
     check(served, dtype, tp_size, rank, max_tokens_per_step=256, max_running=4, kv_tokens=1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tp_size", "rank"),
+    [
+        ("MambaConfig", "float32", 1, 0),
+        ("MambaConfig", "bfloat16", 2, 1),
+        ("MambaConfig", "float32", 3, 0),
+        ("Mamba2Config", "bfloat16", 1, 0),
+        ("Mamba2Config", "float32", 2, 1),
+        ("Mamba2Config", "float32", 3, 0),
+    ],
+)
+def test_state_spaces(
+    tiny_llama: Callable[..., Path],
+    random_model: Callable[..., Any],
+    kind: str,
+    dtype: str,
+    tp_size: int,
+    rank: int,
+) -> None:
+    """Every width that bfloat16 is packed in is a multiple of 64."""
+    heads = {"num_heads": 64, "head_dim": 12, "n_groups": 2} if kind == "Mamba2Config" else {}
+    made = random_model(
+        kind,
+        hidden_size=384,
+        state_size=64 if heads else 16,
+        vocab_size=1152,
+        num_hidden_layers=4,
+        time_step_rank=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **heads,
+    )
+    served = replace(resolve_model(str(tiny_llama())), checkpoint=str(made.folder), spec=made.spec)
+    check(served, dtype, tp_size, rank, max_tokens_per_step=256, max_running=2, kv_tokens=1024)

@@ -148,6 +148,8 @@ def _entry(name: str, entry: object, start: int, file: str) -> StoredTensor:
         raise ModelError(
             f"{where} has {offsets[1] - offsets[0]} bytes, {dtype} {shape!r:.80} takes {nbytes}"
         )
+    if len(shape) == 3 and shape[1] == 1:
+        del shape[1]  # a convolution of each channel by itself: [channels, 1, width]
     return StoredTensor(tuple(shape), dtype, start + offsets[0], nbytes)
 
 

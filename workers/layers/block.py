@@ -19,8 +19,9 @@ from .attention import Attention
 from .experts import ExpertsMLP
 from .latent import LatentAttention
 from .linear import ColumnParallelLinear, RowParallelLinear
-from .mlp import GatedMLP, PlainMLP
+from .mlp import GatedMLP, NoMLP, PlainMLP
 from .norm import Norm, Normalize
+from .state import ChannelStates, HeadStates, StateSpace
 
 _NORMS = {
     "pre": ("input_norm", "post_norm"),
@@ -28,7 +29,10 @@ _NORMS = {
     "post": ("attention_norm", "mlp_norm"),
     "parallel": ("input_norm",),
     "parallel_two": ("input_norm", "post_norm"),
+    "single": ("input_norm",),
 }
+AnyAttention = Attention | LatentAttention | StateSpace
+AnyMLP = GatedMLP | PlainMLP | ExpertsMLP | NoMLP
 
 
 class DecoderLayer:
@@ -63,24 +67,16 @@ class DecoderLayer:
             )
             for role in _NORMS[model.block]
         }
-        parallel = model.block in ("parallel", "parallel_two")
         place = (group, backend, dtype, device)
-        attention = Attention if model.latent is None else LatentAttention
-        self.attention: Attention | LatentAttention = attention(
-            model, part.heads, names, *place, layer=layer, layouts=layouts, reduce=not parallel
-        )
-        self.mlp: GatedMLP | PlainMLP | ExpertsMLP
-        if model.experts is not None and model.has_experts(layer):
-            self.mlp = ExpertsMLP(model, model.experts, part, names, *place, reduce=not parallel)
-        else:
-            kind = GatedMLP if model.gated_mlp else PlainMLP
-            self.mlp = kind(model, part.mlp, names, *place, layouts=layouts, reduce=not parallel)
+        self.attention = _attention(model, part, names, *place, layer=layer, layouts=layouts)
+        self.mlp = _mlp(model, part, names, *place, layer=layer, layouts=layouts)
         self._run = {
             "pre": self._pre,
             "sandwich": self._sandwich,
             "post": self._post,
             "parallel": self._parallel,
             "parallel_two": self._parallel,
+            "single": self._single,
         }[model.block]
 
     @property
@@ -140,3 +136,55 @@ class DecoderLayer:
         other = self._norm(residual, self._norms["post_norm"]) if "post_norm" in self._norms else x
         total = self._group.all_reduce(self.attention(x, batch, cache) + self.mlp(other))
         return self._scaled(total), residual
+
+    def _single(
+        self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
+        return self._scaled(self.attention(x, batch, cache)), residual
+
+
+def _reduces(model: DecoderSpec) -> bool:
+    """Whether attention and feed-forward each sum over the ranks, or the layer does."""
+    return model.block not in ("parallel", "parallel_two")
+
+
+def _attention(
+    model: DecoderSpec,
+    part: RankCut,
+    names: LayerNames,
+    group: TensorParallel,
+    backend: KernelBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    layer: int,
+    layouts: Layouts,
+) -> AnyAttention:
+    place, reduce = (group, backend, dtype, device), _reduces(model)
+    if model.state is not None and part.state is not None and model.has_state(layer):
+        states = HeadStates if model.state.heads else ChannelStates
+        return states(model, model.state, part.state, names, *place, layouts=layouts, reduce=reduce)
+    kind = Attention if model.latent is None else LatentAttention
+    return kind(model, part.heads, names, *place, layer=layer, layouts=layouts, reduce=reduce)
+
+
+def _mlp(
+    model: DecoderSpec,
+    part: RankCut,
+    names: LayerNames,
+    group: TensorParallel,
+    backend: KernelBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    layer: int,
+    layouts: Layouts,
+) -> AnyMLP:
+    place, reduce = (group, backend, dtype, device), _reduces(model)
+    if model.block == "single":
+        return NoMLP()
+    if model.experts is not None and model.has_experts(layer):
+        return ExpertsMLP(model, model.experts, part, names, *place, reduce=reduce)
+    kind = GatedMLP if model.gated_mlp else PlainMLP
+    return kind(model, part.mlp, names, *place, layouts=layouts, reduce=reduce)

@@ -96,3 +96,15 @@ class PlainMLP(_FeedForward):
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank."""
         return self.down(self._backend.activate(self._into(x), self._activation))
+
+
+class NoMLP:
+    """Of a layer that has none."""
+
+    def __init__(self) -> None:
+        self.linears: list[ColumnParallelLinear | RowParallelLinear] = []
+        self.pieces: list[Piece] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Nothing is added."""
+        return torch.zeros_like(x)

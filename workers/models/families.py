@@ -20,6 +20,7 @@ class FamilyRecord:
 
 
 _BOTH = ("safetensors", "gguf")
+_STATES = "sums of the layers are kept in the model's number format, whatever residual_in_fp32 says"
 FAMILIES = {
     "llama": FamilyRecord(
         module="llama",
@@ -160,6 +161,18 @@ FAMILIES = {
         "size of keys, and not the small vector that they are made from: for V3, 96 KiB a token "
         "and layer over all ranks where the vector would take 1.1 KiB on each; no FP8, no "
         "multi-token prediction, whose layer is left unread",
+    ),
+    "mamba": FamilyRecord(
+        module="mamba",
+        models="Mamba 130M to 2.8B, FalconMamba",
+        architectures=("MambaForCausalLM", "FalconMambaForCausalLM"),
+        limits=_STATES,
+    ),
+    "mamba2": FamilyRecord(
+        module="mamba",
+        models="Mamba-2, Mamba-Codestral",
+        architectures=("Mamba2ForCausalLM",),
+        limits=_STATES,
     ),
 }
 ARCHITECTURES = {

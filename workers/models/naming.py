@@ -52,6 +52,25 @@ class LayerNames:
     shared_gate: str = ""
     shared_up: str = ""
     shared_down: str = ""
+    state_x: str = ""
+    """Channels of a state space; its other projections are named as in `StateSpec`."""
+    state_gate: str = ""
+    state_b: str = ""
+    state_c: str = ""
+    state_steps: str = ""
+    state_select: str = ""
+    """From channels to what steps are made from, b and c, where those come from channels."""
+    step_weight: str = ""
+    """From there to steps."""
+    step_bias: str = ""
+    conv_x: str = ""
+    """Convolution of the channels, of b and of c."""
+    conv_b: str = ""
+    conv_c: str = ""
+    state_decay: str = ""
+    """log(-a)"""
+    state_skip: str = ""
+    state_norm: str = ""
     mlp_norm: str = ""
     """Of what the feed-forward block gives."""
     query_bias: str | None = None
@@ -61,6 +80,9 @@ class LayerNames:
     gate_bias: str | None = None
     up_bias: str | None = None
     down_bias: str | None = None
+    state_bias: str | None = None
+    """Of the projections into a state space."""
+    conv_bias: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

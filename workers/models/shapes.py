@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from phalanx.protos.specs import DecoderSpec, LatentSpec
+from phalanx.protos.specs import DecoderSpec, LatentSpec, StateSpec
 
 from .layout import PLAIN, Layouts
 from .naming import LayerNames, ModelNames
@@ -30,6 +30,9 @@ def shapes(spec: DecoderSpec, names: ModelNames) -> Shapes:
         layer = names.layer(index)
         norms += norm_names(spec, layer)
         found |= _projections(spec, layer, index, names.layouts)
+        if spec.state is not None and spec.has_state(index):
+            found |= _state_vectors(spec.state, layer)
+            continue
         found |= dict(_head_norms(spec, layer, names.layouts))
     for name in norms:
         if spec.norm_affine:
@@ -52,6 +55,7 @@ def norm_names(spec: DecoderSpec, layer: LayerNames) -> list[str]:
         "post": [layer.attention_norm, layer.mlp_norm],
         "parallel": [layer.input_norm],
         "parallel_two": [layer.input_norm, layer.post_norm],
+        "single": [layer.input_norm],
     }[spec.block]
 
 
@@ -83,12 +87,51 @@ def _latent(spec: DecoderSpec, latent: LatentSpec, layer: LayerNames) -> list[Pa
     ]
 
 
+def _state(spec: DecoderSpec, state: StateSpec, layer: LayerNames) -> list[Part]:
+    hidden, inner, size = spec.hidden_size, state.inner_size, state.state_size
+    bias = layer.state_bias
+    parts: list[Part] = [
+        ("state_gate", layer.state_gate, bias, inner, hidden),
+        ("state_x", layer.state_x, bias, inner, hidden),
+        ("conv_x", layer.conv_x, layer.conv_bias, inner, state.conv_width),
+    ]
+    if state.heads:
+        shared, width = state.groups * size, state.conv_width
+        parts += [
+            ("state_b", layer.state_b, bias, shared, hidden),
+            ("state_c", layer.state_c, bias, shared, hidden),
+            ("state_steps", layer.state_steps, bias, state.heads, hidden),
+            ("conv_b", layer.conv_b, layer.conv_bias, shared, width),
+            ("conv_c", layer.conv_c, layer.conv_bias, shared, width),
+        ]
+    else:
+        small = state.step_rank + 2 * size
+        parts += [
+            ("state_select", layer.state_select, None, small, inner),
+            ("step_weight", layer.step_weight, layer.step_bias, inner, state.step_rank),
+        ]
+    return [*parts, ("output", layer.output, layer.output_bias, hidden, inner)]
+
+
+def _state_vectors(state: StateSpec, layer: LayerNames) -> Shapes:
+    """The tensors of a state space that are not projections."""
+    found: Shapes = {layer.state_skip: (state.units,)}
+    if not state.heads:
+        return found | {layer.state_decay: (state.inner_size, state.state_size)}
+    found |= dict.fromkeys((layer.step_bias, layer.state_decay), (state.heads,))
+    return found | {layer.state_norm: (state.inner_size,)}
+
+
 def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layouts) -> Shapes:
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    parts = _attention(spec, layer) if spec.latent is None else _latent(spec, spec.latent, layer)
+    if spec.state is not None and spec.has_state(index):
+        parts = _state(spec, spec.state, layer)
+    else:
+        latent = spec.latent
+        parts = _attention(spec, layer) if latent is None else _latent(spec, latent, layer)
     if spec.has_experts(index):
         parts += _experts(spec, layer)
-    else:
+    elif spec.block != "single":
         if spec.gated_mlp:
             parts.append(("gate", layer.gate, layer.gate_bias, inner, hidden))
         parts.append(("up", layer.up, layer.up_bias, inner, hidden))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from phalanx.controller.cluster.placement import MemoryPlan, plan_memory
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.shards import cut_model
-from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, RopeSpec
+from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, RopeSpec, StateSpec
 
+GIB = 2**30
 SMOLLM2 = DecoderSpec(
     family="llama",
     num_layers=30,
@@ -227,3 +228,66 @@ def test_refusal_says_how_many_tokens_fit() -> None:
 def test_refuses_absurd_sizes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(**({"kv_tokens": 64} | changes))
+
+
+MAMBA2 = msgspec.structs.replace(
+    SMOLLM2,
+    family="mamba2",
+    num_layers=24,
+    hidden_size=768,
+    intermediate_size=0,
+    num_heads=0,
+    num_kv_heads=0,
+    head_dim=0,
+    rope=None,
+    block="single",
+    state=StateSpec(
+        inner_size=1536, state_size=128, conv_width=4, heads=24, layers=tuple(range(24))
+    ),
+)
+
+
+def test_states_take_the_memory_where_blocks_take_none() -> None:
+    found = plan(MAMBA2, memory_per_rank=[8 * GIB], max_running=16)
+    rank = found.ranks[0]
+    # float32 states, and in bfloat16 what the convolution still needs of channels, b and c
+    assert rank.state_slot == 24 * (4 * 1536 * 128 + 2 * 3 * (1536 + 2 * 128))
+    assert found.cache.num_states == rank.state_slots == 32
+    assert rank.total == rank.weights + rank.activations + 32 * rank.state_slot
+    assert rank.kv == 0 and found.kv_tokens == 2**20
+
+
+@settings(max_examples=60, deadline=None)
+@given(memory=st.integers(GIB, 4 * GIB), tp_size=st.integers(1, 8))
+def test_slots_fill_the_memory_and_not_more(memory: int, tp_size: int) -> None:
+    found = plan(MAMBA2, memory_per_rank=[memory] * tp_size, tp_size=tp_size, max_running=512)
+    assert all(rank.total <= memory for rank in found.ranks)
+    if found.cache.num_states < 1024:
+        assert any(rank.total + rank.state_slot > memory for rank in found.ranks)
+    assert sum(rank.state_slot for rank in found.ranks) >= 24 * 4 * 1536 * 128
+
+
+def test_slots_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"300 states \d+.*fewer state_slots"):
+        plan(MAMBA2, memory_per_rank=[2 * GIB], state_slots=300)
+    with pytest.raises(ConfigError, match="state_slots is 0, at least 1"):
+        plan(MAMBA2, memory_per_rank=[2 * GIB], state_slots=0)
+    with pytest.raises(ConfigError, match="dtype is 'int8'"):
+        plan(MAMBA2, memory_per_rank=[2 * GIB], dtype="int8")
+    with pytest.raises(ConfigError, match="state_slots is 5, the model has no state spaces"):
+        plan(memory_per_rank=[2 * GIB], state_slots=5)
+    with pytest.raises(ConfigError, match="allowed are 1 to 24, the model's heads or channels"):
+        plan(MAMBA2, memory_per_rank=[2 * GIB] * 25, tp_size=25)
+
+
+def test_states_and_blocks_share_the_memory() -> None:
+    """Half of the layers have states: their slots come first, blocks take what is left."""
+    state = StateSpec(
+        inner_size=1152, state_size=64, conv_width=4, heads=9, layers=tuple(range(0, 30, 2))
+    )
+    found = plan(
+        msgspec.structs.replace(SMOLLM2, state=state), memory_per_rank=[2 * GIB], max_running=8
+    )
+    (rank,) = found.ranks
+    assert rank.state_slots == 16 and rank.kv_per_token == 15 * 2 * 3 * 64 * 2
+    assert 2 * GIB - rank.kv_per_token * 16 < rank.total <= 2 * GIB

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,6 +15,7 @@ from phalanx.controller.scheduling.request import FinishReason, Request, TokenEv
 from phalanx.controller.scheduling.scheduler import Scheduler, SchedulerConfig
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.steps import (
+    NO_STATE,
     NewSequence,
     PromptLogprobs,
     SampledToken,
@@ -74,8 +75,10 @@ class RankSequence:
 class FakeRank:
     """Executes plans on a pool of slots and checks that each row reads what it must read."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_states: int = 0) -> None:
         self.block_size = block_size
+        self.states: list[int | None] = [None] * num_states
+        """The digest of the prefix that each slot holds the state of."""
         self.pool: list[list[Slot | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.sequences: dict[int, RankSequence] = {}
         self.seen: set[int] = set()
@@ -114,6 +117,7 @@ class FakeRank:
             state = self.sequences[row.seq]
             state.blocks += row.new_blocks
             self._verify(state, state.num_computed)
+        self._carry_states(plan)
         for row in plan.rows:
             state = self.sequences[row.seq]
             first, last = state.num_computed, state.num_computed + row.num_new
@@ -130,6 +134,31 @@ class FakeRank:
         for row in plan.rows:
             state = self.sequences[row.seq]
             self._verify(state, state.num_computed)
+
+    def _carry_states(self, plan: StepPlan) -> None:
+        """Each row finds the state that it needs, which no other row of the plan writes."""
+        written: dict[int, int] = {}
+        begun: set[int] = set()
+        for row in plan.rows:
+            assert (row.state is not None) == bool(self.states)
+            if row.state is None:
+                continue
+            state, use = self.sequences[row.seq], row.state
+            first = state.num_computed
+            begun |= {use.read} - {use.write}
+            found = None if use.read == NO_STATE else self.states[use.read]
+            assert found == (state.prefixes[first - 1] if first else None), "a wrong state"
+            places = [save.num_tokens for save in use.saves]
+            assert places == sorted({*places}) and all(0 < p <= row.num_new for p in places)
+            for tokens, slot in [
+                (row.num_new, use.write),
+                *((s.num_tokens, s.slot) for s in use.saves),
+            ]:
+                assert slot not in written, "two states for one slot"
+                written[slot] = state.prefixes[first + tokens - 1]
+        assert not begun & written.keys(), "a state is begun from and written"
+        for slot, prefix in written.items():
+            self.states[slot] = prefix
 
     def _verify(self, state: RankSequence, num_tokens: int) -> None:
         for position in range(num_tokens):
@@ -231,11 +260,13 @@ def lone_replay(request: Request, context: int) -> tuple[list[int], FinishReason
 class StepLoop:
     """A scheduler and a rank, driven by hand: send a plan, receive a result."""
 
-    def __init__(self, config: SchedulerConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, num_blocks: int, block_size: int, **states: int
+    ) -> None:
         self.config = config
-        self.cache = KVCacheManager(num_blocks, block_size)
+        self.cache = KVCacheManager(num_blocks, block_size, **states)
         self.scheduler = Scheduler(config, self.cache)
-        self.rank = FakeRank(num_blocks, block_size)
+        self.rank = FakeRank(num_blocks, block_size, states["num_states"])
         self.sent: deque[StepPlan] = deque()
         self.streams: dict[tuple[str, int], Stream] = {}
         self.now = 0.0
@@ -344,9 +375,11 @@ LoopFactory = Callable[..., StepLoop]
 
 @pytest.fixture(scope="session")
 def make_loop() -> LoopFactory:
-    """`make_loop(num_blocks=, block_size=, **config)`: a scheduler with a rank that checks it."""
+    """`make_loop(num_blocks=, block_size=, num_states=, state_stride=, **config)`: a scheduler with
+    a rank that checks it; with `num_states`, its model has state spaces."""
 
-    def make(num_blocks: int = 64, block_size: int = 4, **config: object) -> StepLoop:
+    def make(num_blocks: int = 64, block_size: int = 4, **config: Any) -> StepLoop:
+        states = {name: config.pop(name, 0) for name in ("num_states", "state_stride")}
         settings: dict[str, object] = {
             "max_tokens_per_step": 32,
             "max_running": 8,
@@ -354,10 +387,6 @@ def make_loop() -> LoopFactory:
             "max_context": 128,
             "eos_token_ids": (EOS,),
         }
-        return StepLoop(
-            SchedulerConfig(**(settings | config)),
-            num_blocks,
-            block_size,
-        )
+        return StepLoop(SchedulerConfig(**(settings | config)), num_blocks, block_size, **states)
 
     return make

@@ -41,6 +41,8 @@ class Machine(RuleBasedStateMachine):
         max_preemptions=st.integers(0, 3),
         reserve_tokens=st.integers(1, 4),
         prefix_caching=st.booleans(),
+        num_states=st.sampled_from([0, 0, 1, 2, 4, 8]),
+        state_stride=st.sampled_from([0, 0, 5]),
     )
     def start(self, num_blocks: int, block_size: int, budget: int, **config: Any) -> None:
         self.loop = self.make_loop(
@@ -150,7 +152,7 @@ def test_every_sample_gets_the_tokens_of_a_lone_run(make_loop: Callable[..., Any
     run_state_machine_as_test(
         lambda: Machine(make_loop),
         settings=settings(
-            max_examples=200,
+            max_examples=240,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),

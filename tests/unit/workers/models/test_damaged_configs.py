@@ -10,7 +10,12 @@ import msgspec
 import pytest
 
 from phalanx.protos.errors import ModelError
-from phalanx.protos.shards import cut_model, kv_bytes_per_token, weight_parameters
+from phalanx.protos.shards import (
+    cut_model,
+    kv_bytes_per_token,
+    state_bytes_per_slot,
+    weight_parameters,
+)
 from phalanx.protos.specs import DecoderSpec
 from phalanx.workers.layers.rope import inverse_frequencies
 from phalanx.workers.models.families import ARCHITECTURES
@@ -66,6 +71,7 @@ LATENT: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 CHATGLM: dict[str, Any] = {"multi_query_attention": True, "multi_query_group_num": 2}
+STATES: dict[str, Any] = {"state_size": 5, "conv_kernel": 4, "expand": 2, "time_step_rank": "auto"}
 OTHERWISE: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"layer_types": None},
     "CodeGenForCausalLM": {"n_head": 4},
@@ -73,6 +79,10 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "ChatGLMForConditionalGeneration": CHATGLM,
     "DeepseekV2ForCausalLM": LATENT | {"topk_method": "group_limited_greedy"},
     "DeepseekV3ForCausalLM": LATENT | {"topk_method": "noaux_tc"},
+    "MambaForCausalLM": STATES,
+    "FalconMambaForCausalLM": STATES,
+    "Mamba2ForCausalLM": STATES
+    | {"head_dim": 16, "n_groups": 3, "time_step_limit": [0.0, {"__float__": "Infinity"}]},
 }
 JUNK = [
     *(None, True, False, 0, -1, 1, 2, 3, 5, 7, 2**31, 10**30, 0.0, 0.5, 1.5, -2.0, 1e300),
@@ -110,6 +120,7 @@ FIELDS = [
     *("do_layer_norm_before", "word_embed_proj_dim", "enable_bias", "expansion_ratio", "no_bias"),
     *("num_experts", "mlp_only_layers", "decoder_sparse_step", "shared_expert_intermediate_size"),
     *("norm_topk_prob", "no_rope_layers", "no_rope_layer_interval", "embedding_multiplier"),
+    *(*STATES, "n_groups", "time_step_limit", "use_conv_bias", "mixer_rms_eps"),
     *(*LATENT, "topk_method", "scoring_func", "moe_layer_freq", "rope_interleave"),
     *("residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale", "seq_length"),
     *("rope_ratio", "kv_channels", "multi_query_attention", "multi_query_group_num", "rmsnorm"),
@@ -124,7 +135,7 @@ def usual(architecture: str) -> dict[str, Any]:
 def check_spec(spec: DecoderSpec) -> None:
     """What the planner does with a spec works, and it survives the way to the workers."""
     assert msgspec.json.decode(msgspec.json.encode(spec), type=DecoderSpec) == spec
-    assert spec.num_heads % spec.num_kv_heads == 0
+    assert spec.num_heads % max(spec.num_kv_heads, 1) == 0
     assert len(spec.windows) in (0, spec.num_layers)
     if spec.num_layers > 8 or (spec.experts and spec.experts.num_experts > 8):
         return
@@ -132,6 +143,7 @@ def check_spec(spec: DecoderSpec) -> None:
         assert weight_parameters(spec, 3, rank) > 0
         assert kv_bytes_per_token(spec, 3, rank, "float32") >= 0
         cut_model(spec, 3, rank)
+        assert state_bytes_per_slot(spec, 3, rank, "float32") >= 0
     if spec.num_heads < 1000:
         assert tensor_shapes(spec, "safetensors")
     for rope in (spec.rope, spec.local_rope):
