@@ -1,4 +1,4 @@
-"""The command `phalanx`: demo, serve, chat, generate, status, plan, models, bench, simulate."""
+"""The command `phalanx`: demo, serve, chat, generate, status, explain, plan, models, bench, simulate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from phalanx.protos.errors import ConfigError, InvalidArgument, ModelError, Phal
 
 from .commands.bench import bench
 from .commands.demo import demo
+from .commands.explain import explain
 from .commands.generate import chat, generate
 from .commands.models import models
 from .commands.plan import plan
@@ -75,7 +76,7 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, plan, models, bench, simulate):
+for command in (demo, serve, chat, generate, status, explain, plan, models, bench, simulate):
     app.command()(command)
 
 

@@ -100,6 +100,14 @@ class Client(Connection):
         )
         return state
 
+    def explain(self, request_id: str) -> serving_pb2.ExplainPlacementResponse:
+        """Why a request went to its replica. Raises `NotFound` where no decision is kept."""
+        request = serving_pb2.ExplainPlacementRequest(request_id=request_id)
+        found: serving_pb2.ExplainPlacementResponse = self._unary(
+            self._stub.ExplainPlacement, request
+        )
+        return found
+
     def healthy(self) -> bool:
         """Whether the server answers and says that it can serve."""
         return self._check_health(self.timeout)
@@ -238,6 +246,14 @@ class AsyncClient(Connection):
             self._stub.GetClusterState, request
         )
         return state
+
+    async def explain(self, request_id: str) -> serving_pb2.ExplainPlacementResponse:
+        """See `Client.explain`."""
+        request = serving_pb2.ExplainPlacementRequest(request_id=request_id)
+        found: serving_pb2.ExplainPlacementResponse = await self._unary(
+            self._stub.ExplainPlacement, request
+        )
+        return found
 
     async def healthy(self) -> bool:
         """See `Client.healthy`."""

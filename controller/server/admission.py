@@ -115,6 +115,15 @@ class Admission:
         _refuse(violations)
         return request.request_id
 
+    def explain(self, request: serving_pb2.ExplainPlacementRequest) -> str:
+        """The id that is asked about. Raises `InvalidArgument`."""
+        violations = unknown_fields(request)
+        if not request.request_id:
+            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
+        self._request_id(request.request_id, violations)
+        _refuse(violations)
+        return request.request_id
+
     def resume(self, request: serving_pb2.ResumeRequest) -> None:
         """Raises `InvalidArgument`."""
         violations = unknown_fields(request)

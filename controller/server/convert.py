@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot, RankSnapshot, ReplicaSnapshot
+from phalanx.controller.routing.router import Decision
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.limits import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from phalanx.protos.sampling import Grammar, SamplingParams
@@ -153,6 +154,30 @@ def check_params(params: SamplingParams, vocab_size: int, violations: list[Field
     except InvalidArgument as error:
         known = set(violations)
         violations += [item for item in error.violations if item not in known]
+
+
+def placement(decision: Decision) -> serving_pb2.Placement:
+    """A decision as a message."""
+    return serving_pb2.Placement(
+        replica_id=f"replica-{decision.replica}",
+        tokens=decision.request.tokens,
+        candidates=decision.candidates,
+        estimates=[
+            serving_pb2.PlacementEstimate(
+                replica_id=f"replica-{item.replica}",
+                cached_tokens=item.cached_tokens,
+                queue_tokens=item.work.queue_tokens,
+                streams=item.work.streams,
+                tokens_per_s=item.tokens_per_s,
+                prefill_s=item.prefill_s,
+                streams_s=item.streams_s,
+                wait_s=item.wait_s,
+                disturbance_s=item.disturbance_s,
+                cost_s=item.cost_s,
+            )
+            for item in decision.estimates
+        ],
+    )
 
 
 def cluster_state(snapshot: ClusterSnapshot) -> serving_pb2.GetClusterStateResponse:

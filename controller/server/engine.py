@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot
+from phalanx.controller.routing.placer import Placement
 from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.protos.sampling import SamplingParams
 
@@ -42,6 +43,9 @@ class Engine(Protocol):
 
     def snapshot(self) -> ClusterSnapshot:
         """The cluster as of the last step."""
+
+    def placements(self) -> Sequence[Placement]:
+        """Where the latest requests went and why, the oldest first."""
 
 
 class Observer(Protocol):

@@ -26,7 +26,7 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 from .admission import Admission, Admitted
 from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .books import Call, Reader
-from .convert import cluster_state, unknown_fields
+from .convert import cluster_state, placement, unknown_fields
 from .engine import Engine, Observer
 from .security import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
@@ -284,6 +284,20 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """The replicas as of the last step."""
         _refuse_unknown(request)
         return cluster_state(self._engine.snapshot())
+
+    async def ExplainPlacement(
+        self, request: serving_pb2.ExplainPlacementRequest, context: Any
+    ) -> serving_pb2.ExplainPlacementResponse:
+        """Why the caller's request went where it went."""
+        request_id, tenant = self._admission.explain(request), self.identify(context)
+        found = [
+            placement(item.decision)
+            for item in self._engine.placements()
+            if (item.tenant, item.request_id) == (tenant, request_id)
+        ]
+        if not found:
+            raise NotFound(f"request_id {request_id!r}: no decision of yours is kept under this id")
+        return serving_pb2.ExplainPlacementResponse(placements=found)
 
     async def _run(self, request: Any, work: Callable[[Any], Value]) -> Value:
         """Large requests are tokenised on a thread, so that streams go on meanwhile."""

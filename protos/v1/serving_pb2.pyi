@@ -7,6 +7,54 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ExplainPlacementRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainPlacementResponse(_message.Message):
+    __slots__ = ("placements",)
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    placements: _containers.RepeatedCompositeFieldContainer[Placement]
+    def __init__(self, placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("replica_id", "tokens", "candidates", "estimates")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATES_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    tokens: int
+    candidates: int
+    estimates: _containers.RepeatedCompositeFieldContainer[PlacementEstimate]
+    def __init__(self, replica_id: _Optional[str] = ..., tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., estimates: _Optional[_Iterable[_Union[PlacementEstimate, _Mapping]]] = ...) -> None: ...
+
+class PlacementEstimate(_message.Message):
+    __slots__ = ("replica_id", "cached_tokens", "queue_tokens", "streams", "tokens_per_s", "prefill_s", "streams_s", "wait_s", "disturbance_s", "cost_s")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DISTURBANCE_S_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    cached_tokens: int
+    queue_tokens: int
+    streams: int
+    tokens_per_s: float
+    prefill_s: float
+    streams_s: float
+    wait_s: float
+    disturbance_s: float
+    cost_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., streams_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., disturbance_s: _Optional[float] = ..., cost_s: _Optional[float] = ...) -> None: ...
+
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
     IDS_FIELD_NUMBER: _ClassVar[int]

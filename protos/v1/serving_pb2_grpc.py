@@ -74,6 +74,11 @@ class InferenceServiceStub(object):
                 request_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateRequest.SerializeToString,
                 response_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateResponse.FromString,
                 _registered_method=True)
+        self.ExplainPlacement = channel.unary_unary(
+                '/phalanx.v1.InferenceService/ExplainPlacement',
+                request_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementRequest.SerializeToString,
+                response_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -132,6 +137,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainPlacement(self, request, context):
+        """Why one of the caller's latest requests went to its replica; NOT_FOUND where nothing was
+        decided, as with one replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -174,6 +187,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetClusterState,
                     request_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateRequest.FromString,
                     response_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateResponse.SerializeToString,
+            ),
+            'ExplainPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPlacement,
+                    request_deserializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementRequest.FromString,
+                    response_serializer=phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -392,6 +410,33 @@ class InferenceService(object):
             '/phalanx.v1.InferenceService/GetClusterState',
             phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateRequest.SerializeToString,
             phalanx_dot_protos_dot_v1_dot_serving__pb2.GetClusterStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.InferenceService/ExplainPlacement',
+            phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementRequest.SerializeToString,
+            phalanx_dot_protos_dot_v1_dot_serving__pb2.ExplainPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from phalanx.controller.client import AsyncClient
 from phalanx.controller.cluster.snapshot import ClusterSnapshot, RankSnapshot, ReplicaSnapshot
 from phalanx.controller.model import ServedModel
+from phalanx.controller.routing.placer import Placement
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
 from phalanx.controller.server.host import GrpcHost
 from phalanx.controller.server.service import InferenceService
@@ -90,6 +91,7 @@ class FakeEngine:
         self.script = script
         self.submissions: list[Submission] = []
         self.live: dict[tuple[str, str], Submission] = {}
+        self.decisions: list[Placement] = []
 
     async def submit(self, **given: Any) -> AsyncIterator[list[TokenEvent]]:
         given["prompt_token_ids"] = list(given["prompt_token_ids"])
@@ -115,6 +117,9 @@ class FakeEngine:
         if submission is not None:
             submission.aborted.set()
         return submission is not None
+
+    def placements(self) -> list[Placement]:
+        return self.decisions
 
     def snapshot(self) -> ClusterSnapshot:
         rank = RankSnapshot(

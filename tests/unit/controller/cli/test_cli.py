@@ -18,7 +18,18 @@ from phalanx.controller.config import DEFAULTS
 from phalanx.protos.errors import FieldViolation, GroupLost, InvalidArgument, Unavailable
 
 Run = Callable[..., Any]
-COMMANDS = ["demo", "serve", "chat", "generate", "status", "plan", "models", "bench", "simulate"]
+COMMANDS = [
+    "demo",
+    "serve",
+    "chat",
+    "generate",
+    "status",
+    "explain",
+    "plan",
+    "models",
+    "bench",
+    "simulate",
+]
 
 
 def test_help_lists_the_commands_and_a_way_to_begin(run: Run) -> None:

@@ -1,0 +1,59 @@
+"""`phalanx explain`: why a request went to its replica."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .flags import Connection, connection_flags
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@connection_flags
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Of one of your latest requests.")],
+    connection: Connection,
+) -> None:
+    """Show which replicas were compared for a request, and what each would have cost.
+
+    [bold]phalanx explain my-request-1[/bold]
+
+    Times are predictions in milliseconds: the replica with the least sum was chosen. Only several
+    replicas leave anything to decide.
+    """
+    from rich.console import Console
+
+    from phalanx.controller.client import Client
+
+    with Client(**connection.arguments()) as client:
+        placements = client.explain(request_id).placements
+    console = Console(highlight=False)
+    for placement in placements:
+        console.print(
+            f"[bold]{placement.replica_id}[/] of {placement.candidates} replicas, "
+            f"for {placement.tokens} tokens"
+        )
+        console.print(estimate_table(placement))
+
+
+def estimate_table(placement: Any) -> Table:
+    """One line a replica, the chosen one first."""
+    from .terminal import plain_table
+
+    table = plain_table()
+    table.add_column("replica")
+    for name in ("cached", "queued", "streams", "prefill", "streams ms", "wait", "others", "sum"):
+        table.add_column(name, justify="right")
+    for item in placement.estimates:
+        times = (item.prefill_s, item.streams_s, item.wait_s, item.disturbance_s, item.cost_s)
+        table.add_row(
+            item.replica_id,
+            str(item.cached_tokens),
+            str(item.queue_tokens),
+            str(item.streams),
+            *(f"{1e3 * seconds:.1f}" for seconds in times),
+        )
+    return table
