@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.demo import demo
 from .commands.explain import explain
 from .commands.generate import chat, generate
+from .commands.kernels import kernels
 from .commands.models import models
 from .commands.plan import plan
 from .commands.serve import serve
@@ -76,8 +77,13 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, explain, plan, models, bench, simulate):
+for command in (demo, serve, chat, generate, status, explain, plan, models, simulate):
     app.command()(command)
+
+measuring = typer.Typer(rich_markup_mode="rich")
+measuring.callback(invoke_without_command=True)(bench)
+measuring.command()(kernels)
+app.add_typer(measuring, name="bench")
 
 
 def main() -> None:

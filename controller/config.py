@@ -121,6 +121,9 @@ class ClusterConfig:
         unset="off",
         group="Advanced",
     )
+    record_steps: bool = _option(
+        True, "Record decode steps as CUDA graphs when a GPU rank starts.", group="Advanced"
+    )
 
     host: str = _option("127.0.0.1", "Address that the gRPC service binds.", group="Listening")
     port: int = _option(

@@ -161,3 +161,36 @@ class FusingBackend(KernelBackend, Protocol):
 
     def fuse(self, stack: PlainStack, reduction: Reduction) -> StackProgram | None:
         """The stack as a program; None where this backend cannot run it whole."""
+
+
+class PeerBuffers(NamedTuple):
+    """A buffer of the same shape on every rank of a node, as symmetric memory gives it.
+
+    `addresses` and `signals` are int64 [size] on the device: where each rank's buffer and its
+    signal pad (uint32, zeros at rest) stand in this process. None of `signals` = no barrier:
+    somebody else sees to it that the buffers are complete.
+    """
+
+    rank: int
+    local: Tensor  # [rows, n], this rank's own
+    addresses: Tensor
+    signals: Tensor | None
+
+
+@runtime_checkable
+class PeerSummingBackend(KernelBackend, Protocol):
+    """A backend that sums over the ranks of a node by reading their memory."""
+
+    def all_reduce_add_rms_norm(
+        self,
+        peers: PeerBuffers,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm` of the sum of all ranks' first len(residual) rows, in rank order.
+
+        The sum is written into residual. A buffer may be written again once a later call on
+        another buffer has begun: two in turn are enough.
+        """

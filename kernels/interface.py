@@ -162,3 +162,41 @@ class KernelBackend(Protocol):
 
     def state_scan(self, inputs: StateInputs, state: Tensor) -> tuple[Tensor, Tensor]:
         """L tokens of one sequence: state [H, P, N] -> (y [L, H, P], state behind the last)."""
+
+
+@runtime_checkable
+class CapturableBackend(KernelBackend, Protocol):
+    """A backend whose attention can read what a step is about from device memory, late.
+
+    So a decode step can be recorded once and replayed with other sequences: its plan holds the
+    tensors, not what was in them, and nothing of it depends on a value that the host would read.
+    """
+
+    def plan_decode(self, block_tables: Tensor, lengths: Tensor, block_size: int) -> AttentionPlan:
+        """One query row for each sequence; both are read when a layer attends.
+
+        block_tables: int32 [B, blocks]; lengths: int64 [B], at least 1, the query's token
+        included. Entries of a table beyond its length are any valid block.
+        """
+
+
+@runtime_checkable
+class SamplingBackend(KernelBackend, Protocol):
+    """A backend that chooses tokens in one pass over the logits; the host reads nothing."""
+
+    def sample(
+        self, logits: Tensor, temperatures: Tensor, stems: Tensor, positions: Tensor, first_id: int
+    ) -> Tensor:
+        """The best token of this slice for each row: float64 [n, 4] = (id, value, raw, broken).
+
+        logits [n, m] of the tokens from `first_id` on, any floating dtype; temperatures float64
+        [n], 0 = greedy; stems int64 [n], where a sample's keys start; positions int64 [n] of the
+        new tokens. The value is logit + temperature * noise in float64; the noise of token i is
+        -log(-log1p(-(b + 0.5) / 2**52)), b the upper 52 bits of output i of SplitMix64 from the
+        row's key, which is output `position` of SplitMix64 from the stem. Ties go to the lowest
+        id. A row with NaN or infinite logits has broken = 1.
+        """
+
+    def merge_winners(self, gathered: Tensor) -> Tensor:
+        """The winners over the ranks' results, [size, n, 4] -> [n, 4]: equal on all ranks, and
+        broken where a row is broken on any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 class _Spans(list[SequenceSpan]):
     """The reference needs no preparation: its plan is the spans."""
+
+
+class _Tables(NamedTuple):
+    """A decode step whose tables are read when it attends."""
+
+    blocks: Tensor
+    lengths: Tensor
 
 
 class ReferenceBackend:
@@ -48,10 +56,10 @@ class ReferenceBackend:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Normalise in float32, round to the dtype of x, then scale; with an offset, scale first."""
-        wide = x.float()
+        wide = _wide(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         if offset:
-            return (wide * (offset + weight.float())).to(x.dtype)
+            return (wide * (offset + _wide(weight))).to(x.dtype)
         return weight * wide.to(x.dtype)
 
     def add_rms_norm(
@@ -98,11 +106,16 @@ class ReferenceBackend:
     ) -> None:
         """One row per token and head."""
         for source, pool in ((key, key_pool), (value, value_pool)):
-            pool.flatten(1, 2)[:, slots] = to_pool(source.transpose(0, 1), pool.dtype)
+            rows = to_pool(source.transpose(0, 1), pool.dtype)
+            pool.flatten(1, 2).index_copy_(1, slots, rows)
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """Nothing to prepare."""
         return _Spans(spans)
+
+    def plan_decode(self, block_tables: Tensor, lengths: Tensor, block_size: int) -> AttentionPlan:
+        """The tables themselves."""
+        return _Tables(block_tables, lengths)
 
     def paged_attention(
         self,
@@ -113,6 +126,8 @@ class ReferenceBackend:
         spec: AttentionSpec,
     ) -> Tensor:
         """Sequence by sequence, softmax in float32."""
+        if isinstance(plan, _Tables):
+            return _decode(query, key_pool, value_pool, plan, spec)
         if not isinstance(plan, _Spans):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
         output = torch.empty_like(query)
@@ -126,11 +141,11 @@ class ReferenceBackend:
                 )
                 for pool in (key_pool, value_pool)
             )
-            scores = query[rows].transpose(0, 1).float() @ keys.transpose(1, 2).float()
+            scores = _wide(query[rows].transpose(0, 1)) @ _wide(keys.transpose(1, 2))
             positions = torch.arange(span.length, device=query.device)
             distance = positions[None, :] - positions[-span.num_query :, None]
             weights = weigh(scores, distance, spec)
-            output[rows] = (weights @ values.float()).transpose(0, 1).to(query.dtype)
+            output[rows] = (weights @ _wide(values)).transpose(0, 1).to(query.dtype)
         return output
 
     def causal_conv(self, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,8 +175,37 @@ class ReferenceBackend:
         return outputs, state[0]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _decode(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, plan: _Tables, spec: AttentionSpec
+) -> Tensor:
+    """All sequences together, over every block of their tables; what is beyond is hidden."""
+    batch, heads, dim = query.shape
+    kv_heads, _, block_size, _ = key_pool.shape
+    if not kv_heads:
+        return torch.empty_like(query)
+    width = plan.blocks.shape[1] * block_size
+    keys, values = (
+        from_pool(pool.index_select(1, plan.blocks.flatten())).view(kv_heads, batch, width, dim)
+        for pool in (key_pool, value_pool)
+    )
+    packed = _wide(query.view(batch, kv_heads, -1, dim).transpose(0, 1))
+    scores = (packed @ _wide(keys).transpose(2, 3)).transpose(0, 1)
+    distance = torch.arange(width, device=query.device) + 1 - plan.lengths[:, None]
+    scores = scores.reshape(batch, heads, 1, width)
+    weights = weigh(scores, distance[:, None, None], spec)
+    weights = weights.view(batch, kv_heads, -1, width).transpose(0, 1)
+    mixed = (weights @ _wide(values)).transpose(0, 1)
+    return mixed.reshape(batch, heads, dim).to(query.dtype)
+
+
 def weigh(scores: Tensor, distance: Tensor, spec: AttentionSpec) -> Tensor:
-    """Unscaled scores [H, Q, L] to weights; distance [Q, L] is key position - query position."""
+    """Unscaled scores [..., H, Q, L] to weights; distance, key position - query position, is
+    [Q, L] or broadcasts with them."""
     scores = scores * spec.scale
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -173,5 +217,5 @@ def weigh(scores: Tensor, distance: Tensor, spec: AttentionSpec) -> Tensor:
     scores = scores.masked_fill(hidden, -torch.inf)
     if spec.sinks is None:
         return scores.softmax(-1)
-    sinks = spec.sinks[:, None, None].expand(-1, scores.shape[1], 1)
+    sinks = spec.sinks[:, None, None].expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]

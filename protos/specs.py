@@ -278,6 +278,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int
     eos_token_ids: tuple[int, ...]
     device: Literal["cpu", "cuda"]
+    record_steps: bool = True
+    """On a GPU, decode steps are recorded when the rank starts, and replayed."""
     epoch: int = 0
     tokenizer: str = ""
     """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""

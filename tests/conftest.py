@@ -279,7 +279,7 @@ def local_replica() -> Iterator[Callable[..., LocalRun]]:
 
     sizes: block_size, num_blocks, max_tokens_per_step, max_running, prefix_caching, reserve_tokens,
     max_context, num_states (with state spaces; a slot for each running sample by default),
-    state_stride.
+    state_stride. recorder: records the ranks' decode steps, see `Engine`.
     """
     with ExitStack() as stack:
 
@@ -307,6 +307,7 @@ def _local_run(
     max_context: int | None = None,
     num_states: int | None = None,
     state_stride: int = 0,
+    recorder: Any = None,
 ) -> LocalRun:
     from phalanx.controller.cluster.local_fleet import LocalFleet
     from phalanx.controller.kvcache.manager import KVCacheManager
@@ -331,7 +332,7 @@ def _local_run(
         device="cpu",
         tokenizer=model.tokenizer.to_str(),
     )
-    fleet = LocalFleet(_ranks(tp, pp))
+    fleet = LocalFleet(_ranks(tp, pp, recorder))
     fleet.start(spec, lambda rank, done, total: None)
     config = SchedulerConfig(
         max_tokens_per_step=max_tokens_per_step,
@@ -348,7 +349,7 @@ def _local_run(
     return LocalRun(model, replica, scheduler, events)
 
 
-def _ranks(tp: int, pp: int) -> list[Callable[[Any, Any], None]]:
+def _ranks(tp: int, pp: int, recorder: Any) -> list[Callable[[Any, Any], None]]:
     """What the thread of each rank runs."""
     from phalanx.kernels.select import select_backend
     from phalanx.workers.engine import Engine
@@ -358,7 +359,8 @@ def _ranks(tp: int, pp: int) -> list[Callable[[Any, Any], None]]:
 
     def main(group: Any, stage: ThreadStage) -> Callable[[Any, Any], None]:
         def build(spec: Any) -> Engine:
-            return Engine(spec, group, select_backend("cpu")[0], pipeline=stage)
+            backend = select_backend("cpu")[0]
+            return Engine(spec, group, backend, pipeline=stage, recorder=recorder)
 
         return lambda address, hello: serve_rank(address, hello, build)
 

@@ -61,7 +61,8 @@ class RankActor:
             import torch
 
             free, _ = torch.cuda.mem_get_info()
-            device, memory, fast = torch.cuda.get_device_name(), free, True
+            device, memory = torch.cuda.get_device_name(), free
+            fast = torch.cuda.get_device_capability() >= (8, 0)
         else:
             device, memory = platform.processor() or platform.machine(), memory_available()
             fast = fast_bfloat16()

@@ -17,6 +17,10 @@ from phalanx.protos.steps import NewSequence, Row
 
 from .layers.rope import RotaryTable
 from .states import StateRows
+from .transfer import upload
+
+UNKNOWN = -1
+"""Stands for a token that the device has chosen and the host has not read yet."""
 
 
 @dataclass(slots=True)
@@ -60,6 +64,8 @@ class Batch:
     """Sequences that sample, in batch order; their logits are the first `len(sampled)` rows."""
     scored: list[tuple[SequenceState, int, int]]
     """(sequence, first position, rows) of prompt positions whose next token is scored."""
+    fed: list[tuple[int, SequenceState]] = field(default_factory=list)
+    """(row, sequence) of tokens that only the device knows; `token_ids` holds 0 there."""
     positions: Tensor | None = None  # int64 [T]
     local: tuple[Tensor, Tensor] | None = None
     """cos, sin of the layers that rotate at another pace."""
@@ -84,8 +90,15 @@ class BatchBuilder:
         self._block_size, self._device = block_size, device
         self._has_states = has_states
 
-    def build(self, rows: Sequence[Row], sequences: dict[int, SequenceState]) -> Batch:
-        """Tensors for `rows`. Raises `GroupLost` if the plan does not fit what the rank knows."""
+    def advance(
+        self, rows: Sequence[Row], sequences: dict[int, SequenceState]
+    ) -> list[SequenceState]:
+        """The states of `rows` as they are once these are computed. Raises `GroupLost` if the
+        plan does not fit what the rank knows."""
+        return [self._advance(row, sequences) for row in rows]
+
+    def build(self, rows: Sequence[Row], states: Sequence[SequenceState]) -> Batch:
+        """Tensors for `rows`, whose `states` are already advanced."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -94,8 +107,8 @@ class BatchBuilder:
         sampled_rows: list[int] = []
         scored: list[tuple[SequenceState, int, int]] = []
         scored_rows: list[int] = []
-        for row in rows:
-            state = self._advance(row, sequences)
+        fed: list[tuple[int, SequenceState]] = []
+        for row, state in zip(rows, states, strict=True):
             first, last = state.num_computed - row.num_new, state.num_computed
             start, size = len(tokens), self._block_size
             tokens += state.token_ids[first:last]
@@ -109,6 +122,9 @@ class BatchBuilder:
                     np.asarray(state.blocks)[position // size] * size + position % size
                 ).tolist()
             spans.append(SequenceSpan(start, row.num_new, last, state.blocks))
+            if tokens[-1] == UNKNOWN:
+                fed.append((len(tokens) - 1, state))
+                tokens[-1] = 0
             if last == len(state.token_ids):
                 sampled.append(state)
                 sampled_rows.append(len(tokens) - 1)
@@ -128,9 +144,29 @@ class BatchBuilder:
             logit_rows=self._tensor(np.asarray(sampled_rows + scored_rows, dtype=np.int64)),
             sampled=sampled,
             scored=scored,
+            fed=fed,
             positions=position_tensor,
             local=self._local.at(position_tensor) if self._local else None,
             states=StateRows.of(rows, self._device) if self._has_states else None,
+        )
+
+    def of_tensors(
+        self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, rows: Tensor
+    ) -> Batch:
+        """A decode step whose values stand in device memory; all int64 [B], all rows sample."""
+        none = positions[:0]
+        cos, sin = self._rotary.at(positions) if self._rotary else (none, none)
+        return Batch(
+            token_ids=token_ids,
+            slots=slots,
+            cos=cos,
+            sin=sin,
+            attention=plan,
+            logit_rows=rows,
+            sampled=[],
+            scored=[],
+            positions=positions,
+            local=self._local.at(positions) if self._local else None,
         )
 
     def _advance(self, row: Row, sequences: dict[int, SequenceState]) -> SequenceState:
@@ -148,4 +184,4 @@ class BatchBuilder:
         return state
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device)
+        return upload(array.astype(np.int64, copy=False), self._device)

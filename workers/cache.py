@@ -71,10 +71,13 @@ class PagedCache:
         kv_heads: int,
         head_dim: int,
         device: torch.device,
+        spare_blocks: int = 0,
     ) -> None:
+        """spare_blocks: so many behind those of `spec`, which no plan names."""
         dtype = getattr(torch, spec.dtype)
         width = pool_width(head_dim, dtype)
-        shape = (num_layers, 2, kv_heads, spec.num_blocks, spec.block_size, width)
+        blocks = spec.num_blocks + spare_blocks
+        shape = (num_layers, 2, kv_heads, blocks, spec.block_size, width)
         # zeros, not empty: a masked position must never turn stale bits into NaN
         self._pool = _zeros(shape, dtype, device)
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self._pool]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PeerSummingBackend
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import Stage, cut_model, int8_bytes, whole
 from phalanx.protos.specs import DecoderSpec
@@ -25,7 +26,7 @@ from .loading.pieces import Piece
 from .models.layout import PLAIN
 from .models.registry import ModelNames
 from .packing import Int8Packer, LinearPacker
-from .parallel import TensorParallel
+from .parallel import PeerMemory, TensorParallel
 
 
 class Decoder:
@@ -51,6 +52,8 @@ class Decoder:
         self._dtype, self._device = dtype, device
         self._model, self._backend, self._group, self._part = model, backend, group, part
         self._fused: FusedLayers | None = None
+        # rounded to the dtype first, as the models were trained
+        self._embedding_scale = torch.tensor(model.embedding_scale, dtype=dtype).item()
         self.vocab, hidden = part.vocab, model.hidden_size
         place = (dtype, device)
         self._tables: list[VocabTable] = []
@@ -65,7 +68,9 @@ class Decoder:
                 self._positions = PositionTable(names.positions, rows, hidden, *place)
             if model.embedding_norm:
                 self._embedding_norm = Norm(names.embedding_norm, hidden, *place, model=model)
-        self._norm = Normalize(model, backend)
+        self._norm = Normalize(model, backend, group)
+        deferred = _defers(model, group, backend) and stage.count == 1
+        self._add_last = self._norm.add_sum if deferred else self._norm.add
         self._head: VocabParallelHead | None = None
         self._final_norm: Norm | None = None
         if stage.is_last:
@@ -86,6 +91,7 @@ class Decoder:
                 device,
                 layer=index,
                 layouts=names.layouts,
+                deferred=deferred,
             )
             for index in range(*stage.layers)
         ]
@@ -161,8 +167,8 @@ class Decoder:
             x, residual = layer(x, residual, batch, pages)
         if self._final_norm is None:
             return (x + residual).to(self.carried)
-        x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        x, _ = self._norm.add(x, residual, self._final_norm)
+        x, residual = (part.index_select(0, batch.logit_rows) for part in (x, residual))
+        x, _ = self._add_last(x, residual, self._final_norm)
         return x
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -171,8 +177,7 @@ class Decoder:
         model = self._model
         x = self._embedding(batch.token_ids)
         if model.embedding_scale != 1.0:
-            # rounded to the dtype first, as the models were trained
-            x = x * torch.tensor(model.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * self._embedding_scale
         if self._positions is not None and batch.positions is not None:
             x = x + self._positions(batch.positions + model.position_offset)
         return x if self._embedding_norm is None else self._norm(x, self._embedding_norm)
@@ -195,3 +200,9 @@ class Decoder:
         if model.final_softcap:
             logits = model.final_softcap * torch.tanh(logits / model.final_softcap)
         return logits
+
+
+def _defers(model: DecoderSpec, group: TensorParallel, backend: KernelBackend) -> bool:
+    """Whether blocks leave their sums over the ranks to the norm that comes next."""
+    simple = model.block == "pre" and model.residual_scale == 1.0 and model.norm == "rms"
+    return simple and isinstance(group, PeerMemory) and isinstance(backend, PeerSummingBackend)

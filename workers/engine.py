@@ -11,7 +11,13 @@ from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
-from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages, state_layers
+from phalanx.protos.shards import (
+    MAX_LOGIT_ROWS,
+    cut_model,
+    cut_stages,
+    records_steps,
+    state_layers,
+)
 from phalanx.protos.specs import LoadReport, WorkerSpec, activation_dtype
 from phalanx.protos.steps import (
     PromptLogprobs,
@@ -22,22 +28,33 @@ from phalanx.protos.steps import (
     StepResult,
 )
 
-from .batch import Batch, BatchBuilder, SequenceState
+from .batch import UNKNOWN, Batch, BatchBuilder, SequenceState
 from .cache import PagedCache, StatePool, layer_caches
-from .checkpoint.source import open_checkpoint
+from .checks import check_ids
 from .decoder import Decoder
+from .graphs.device import Recorder
+from .graphs.steps import Chosen, Model, StepGraphs
 from .layers.rope import RotaryTable
-from .loading.assign import fill
-from .models.registry import tensor_names, tensor_shapes
+from .loading.weights import CheckpointWeights, Weights
 from .parallel import TensorParallel
+from .pending import PendingStep
 from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
-from .sampling.sampler import Sampled, Sampler, SampleRow, is_plainly_greedy
-from .states import check_states
+from .sampling.logits import is_plain, is_plainly_greedy
+from .sampling.plain import PlainChoice
+from .sampling.rows import is_greedy
+from .sampling.sampler import BROKEN, Sampled, Sampler, SampleRow
+
+MOST_PENDING = 1
+"""Steps whose tokens the host has not read, when the next one is queued."""
 
 
 class Engine:
-    """A rank's model, cache and sequences. Plans come in order and are executed as they come."""
+    """A rank's model, cache and sequences. Plans come in order and are executed as they come.
+
+    With a recorder, decode steps are recorded and replayed, and steps whose rows only want the
+    likeliest token, or a draw without filters, are queued without waiting for their tokens.
+    """
 
     def __init__(
         self,
@@ -46,27 +63,33 @@ class Engine:
         backend: KernelBackend,
         kernels: str | None = None,
         pipeline: Pipeline | None = None,
+        recorder: Recorder | None = None,
+        weights: Weights | None = None,
     ) -> None:
         """kernels: for the load report, which backend this is and why; its name by default.
-        group: the ranks of this one's stage. pipeline: the stages; one, by default."""
+        group: the ranks of this one's stage. pipeline: the stages; one, by default.
+        A recorder is used where the model and the backend can be recorded. weights: those of
+        the spec's checkpoint by default."""
         self._spec, self._group, self._backend = spec, group, backend
         self._pipeline = pipeline = pipeline or SingleStage()
         self._kernels = kernels or backend.name
         model = spec.model
         self._device = torch.device(spec.device)
         dtype = getattr(torch, activation_dtype(spec.dtype))
-        self._checkpoint = open_checkpoint(spec.checkpoint)
-        self._names = tensor_names(model, self._checkpoint.kind, self._checkpoint.names())
+        self._weights = weights or CheckpointWeights.at(spec.checkpoint)
+        self._names = self._weights.names(model)
         self._stage = stage = cut_stages(model, pipeline.size)[pipeline.stage]
         place = (group, backend, dtype, self._device, stage)
         self._decoder = Decoder(model, self._names, *place, int8=spec.dtype == "int8")
         part = cut_model(model, group.size, group.rank)
+        self._recorder = recorder if records_steps(model, stage.count) else None
         self._cache = PagedCache(
             spec.cache,
             stage.layers.size - state_layers(model, stage),
             part.heads.kv.size,
             model.head_dim,
             self._device,
+            spare_blocks=self._recorder is not None,
         )
         self._states: StatePool | None = None
         if model.state is not None and part.state is not None:
@@ -84,9 +107,13 @@ class Engine:
         )
         self._sampler = Sampler(group, part.vocab, model.vocab_size, spec.eos_token_ids)
         self._grammars = Grammars(spec.tokenizer, model.vocab_size, spec.eos_token_ids)
-        self._sequences: dict[int, SequenceState] = {}
         self._unheard: deque[list[SequenceState]] = deque()
+        self._choice = PlainChoice(group, part.vocab, backend)
+        self._graphs: StepGraphs | None = None
+        self._sequences: dict[int, SequenceState] = {}
+        self._pending: deque[PendingStep] = deque()
         self._next_step = 0
+        self._finished_at = 0.0
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LoadReport:
         """Fill the weights, slice by slice; `progress` gets elements done and in all."""
@@ -96,70 +123,151 @@ class Engine:
         weight_bytes = self._decoder.weight_bytes
         used = {piece.source for piece in pieces}
         del pieces
-        unused = fill(
+        unused = self._weights.fill(
             self._decoder,
-            self._checkpoint,
-            permuted_heads=self._names.permuted_heads,
-            ignored=self._names.ignored,
-            elsewhere=self._elsewhere(),
-            progress=progress,
+            self._spec.model,
+            self._names,
+            progress,
+            partial=self._stage.count > 1,
         )
-        self._decoder.fuse(self._layers)
-        if self._stage.is_last:
-            self._grammars.settle()
+        self._prepare()
+        kernels = self._kernels
+        if self._graphs is not None:
+            kernels += f"; decode steps of up to {self._graphs.sizes[-1]} rows recorded"
         return LoadReport(
             rank=self._stage.index * self._group.size + self._group.rank,
             weight_bytes=weight_bytes,
             kv_bytes=self._cache.num_bytes,
             tensors_used=len(used),
             tensors_ignored=unused,
-            kernels=self._kernels,
+            kernels=kernels,
             state_bytes=0 if self._states is None else self._states.num_bytes,
         )
 
     @torch.inference_mode()
+    def _prepare(self) -> None:
+        """What can be done once the weights are packed."""
+        self._decoder.fuse(self._layers)
+        if self._stage.is_last:
+            self._grammars.settle()
+        if self._recorder is None:
+            return
+        cache, decoder = self._layers, self._decoder
+        model = Model(
+            self._builder, lambda batch: decoder(batch, cache), decoder.logits, self._choice
+        )
+        self._graphs = StepGraphs.of(self._spec, model, self._backend)
+        if self._graphs is not None:
+            self._graphs.record(self._recorder)
+
     def step(self, plan: StepPlan) -> StepResult:
         """Execute one plan. Raises `GroupLost` when the plan is not the one expected."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Execute or queue one plan, raising as `step` does. Results may be taken late, in any
+        order, but whoever queues many finds the host waiting for the earlier ones."""
         started = time.perf_counter()
         if plan.epoch != self._spec.epoch or plan.step != self._next_step:
             raise GroupLost(
                 f"plan {plan.epoch}.{plan.step} came, {self._spec.epoch}.{self._next_step} is due"
             )
-        self._check_ids(plan)
+        check_ids(plan, self._spec)
         self._next_step += 1
         for seq in plan.finished:
             self._sequences.pop(seq, None)
+            if self._graphs is not None:
+                self._graphs.forget(seq)
         for new in plan.new:
             self._sequences[new.seq] = SequenceState.of(new)
         self._cache.copy_blocks(plan.copies)
+        if not plan.rows:
+            return PendingStep.done(self._result(plan, started))
+        if self._graphs is None:
+            return PendingStep.done(self._run(plan, started))
+        states = self._builder.advance(plan.rows, self._sequences)
+        step = self._queue(self._graphs, plan, states, started)
+        if step is None:
+            self._settle(0)
+            step = PendingStep.done(self._run(plan, started, states))
+        return step
+
+    def _queue(
+        self, graphs: StepGraphs, plan: StepPlan, states: list[SequenceState], started: float
+    ) -> PendingStep | None:
+        """The step on the device, without waiting; None where something needs the host."""
+        self._settle(MOST_PENDING)
+        sampled = [state for state in states if state.num_computed == len(state.token_ids)]
+        fed = [state for state in states if state.token_ids[-1] == UNKNOWN]
+        if not graphs.fits(sampled) or any(map(_scores, plan.rows, states)):
+            return None
+        if not all(map(graphs.feeds, fed)):
+            self._settle(0)
+        vocab_size = self._spec.model.vocab_size
+        plain = all(is_plain(_sample_row(state), vocab_size) for state in sampled)
+        greedy = all(is_greedy(state.params) for state in sampled)
+        decode = len(sampled) == len(states) == sum(row.num_new for row in plan.rows)
+        if plain and decode:
+            return self._queued(plan, sampled, graphs.choose(sampled, greedy=greedy), started)
+        if plain:
+            batch = self._builder.build(plan.rows, states)
+            graphs.feed(batch.token_ids, batch.fed)
+            hidden = self._decoder(batch, self._layers)
+            chosen = graphs.choose_from(hidden, sampled, greedy=greedy)
+            return self._queued(plan, sampled, chosen, started)
+        if not decode:
+            return None
+        self._settle(0)
+        tokens, failures = self._sample(sampled, graphs.compute(sampled))
+        return PendingStep.done(self._result(plan, started, tokens, failures))
+
+    def _queued(
+        self, plan: StepPlan, sampled: list[SequenceState], chosen: Chosen, started: float
+    ) -> PendingStep:
+        """Sequences grow by a token that is not known before the step's result is asked for."""
+        places = [len(state.token_ids) for state in sampled]
+        for state in sampled:
+            state.token_ids.append(UNKNOWN)
+
+        def finish() -> StepResult:
+            tokens, failures = [], []
+            for state, place, token, broken in zip(sampled, places, *chosen.get(), strict=True):
+                state.token_ids[place] = token
+                if broken:
+                    failures.append(SequenceFailure(state.seq, BROKEN))
+                else:
+                    tokens.append(SampledToken(state.seq, token))
+            return self._result(plan, started, tokens, failures)
+
+        step = PendingStep(finish, lambda: chosen.download.arrived)
+        self._pending.append(step)
+        return step
+
+    def _settle(self, most: int) -> None:
+        """Read the tokens of all queued steps but the last `most`."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
+
+    def _run(
+        self, plan: StepPlan, started: float, advanced: list[SequenceState] | None = None
+    ) -> StepResult:
+        """The step with the host's sampler. advanced: the rows' states, where they already are."""
         sampled: list[SampledToken] = []
         failures: list[SequenceFailure] = []
         scores: list[PromptLogprobs] = []
         for rows in split_rows(plan.rows, self._stage.count):
             self._hear(rows)
-            batch = self._builder.build(rows, self._sequences)
+            states = advanced or self._builder.advance(rows, self._sequences)
+            batch = self._builder.build(rows, states)
             hidden = self._forward(batch)
             if hidden is None:
                 continue
-            tokens, failed = self._sample(batch, hidden[: len(batch.sampled)])
+            tokens, failed = self._sample(batch.sampled, hidden[: len(batch.sampled)])
             scored, unscored = self._score(batch, hidden[len(batch.sampled) :])
             sampled, scores, failures = sampled + tokens, scores + scored, failures + failed
             failures += unscored
-        return StepResult(
-            epoch=plan.epoch,
-            step=plan.step,
-            sampled=sampled,
-            prompt_logprobs=scores,
-            failures=failures,
-            execute_s=time.perf_counter() - started,
-        )
-
-    def _elsewhere(self) -> set[str]:
-        """Tensors that only other stages need."""
-        if self._stage.count == 1:
-            return set()
-        kind, present = self._checkpoint.kind, self._checkpoint.names()
-        return set(tensor_shapes(self._spec.model, kind, present))
+        return self._result(plan, started, sampled, failures, scores)
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """This stage's layers; None where the next one goes on."""
@@ -187,41 +295,47 @@ class Engine:
             for state, token in zip(states, self._pipeline.hear(len(states)), strict=True):
                 state.token_ids.append(token)
 
-    def _check_ids(self, plan: StepPlan) -> None:
-        """Compiled kernels read and write where these point, without looking."""
-        check_states(plan.rows, self._spec.cache.num_states)
-        blocks = [block for row in plan.rows for block in row.new_blocks]
-        blocks += [block for copy in plan.copies for block in (copy.source, copy.target)]
-        tokens = [token for new in plan.new for token in new.token_ids]
-        limits = (self._spec.cache.num_blocks, self._spec.model.vocab_size)
-        for name, ids, limit in zip(("block", "token"), (blocks, tokens), limits, strict=True):
-            if ids and not 0 <= min(ids) <= max(ids) < limit:
-                wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise GroupLost(f"plan names {name} {wrong}, there are {limit}")
+    def _result(
+        self,
+        plan: StepPlan,
+        started: float,
+        sampled: Sequence[SampledToken] = (),
+        failures: Sequence[SequenceFailure] = (),
+        scores: Sequence[PromptLogprobs] = (),
+    ) -> StepResult:
+        """The answer to a plan; a step's time does not count while the one before it ran."""
+        now = time.perf_counter()
+        seconds = now - max(started, self._finished_at)
+        self._finished_at = now
+        return StepResult(
+            epoch=plan.epoch,
+            step=plan.step,
+            sampled=list(sampled),
+            prompt_logprobs=list(scores),
+            failures=list(failures),
+            execute_s=seconds,
+        )
 
     def _sample(
-        self, batch: Batch, hidden: Tensor
+        self, sampled: Sequence[SequenceState], hidden: Tensor
     ) -> tuple[list[SampledToken], list[SequenceFailure]]:
         tokens: list[SampledToken] = []
         failures: list[SequenceFailure] = []
         choices: list[Sampled] = []
         rows, lost = [], dict[int, str]()
-        for index, state in enumerate(batch.sampled):
+        for index, state in enumerate(sampled):
             allowed = None
             try:
                 allowed = self._allowed(state)
             except RequestFailed as error:  # raised on every rank alike
                 lost[index] = str(error)
-            row = SampleRow(
-                state.token_ids, state.num_prompt, state.params, state.sample_index, allowed
-            )
-            rows.append(row)
+            rows.append(_sample_row(state)._replace(allowed=allowed))
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, start + MAX_LOGIT_ROWS)
             choices += self._choose(hidden[part], rows[part])
         for index, why in lost.items():
             choices[index] = Sampled(0, None, [], why)
-        for state, choice in zip(batch.sampled, choices, strict=True):
+        for state, choice in zip(sampled, choices, strict=True):
             if choice.error is not None:
                 failures.append(SequenceFailure(state.seq, choice.error))
             # a failed sequence gets a token as well: a plan already sent may count on it
@@ -272,3 +386,13 @@ class Engine:
                 scores.append(PromptLogprobs(state.seq, first + 1, tokens, tops))
             start += count
         return scores, failures
+
+
+def _sample_row(state: SequenceState) -> SampleRow:
+    return SampleRow(state.token_ids, state.num_prompt, state.params, state.sample_index)
+
+
+def _scores(row: Row, state: SequenceState) -> bool:
+    """Whether a row whose state is advanced has prompt tokens to score."""
+    first = state.num_computed - row.num_new
+    return state.params.prompt_logprobs is not None and first < state.num_prompt - 1

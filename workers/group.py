@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from phalanx.kernels.fused import FusingBackend
+from phalanx.kernels.fused import FusingBackend, PeerBuffers
 from phalanx.kernels.select import select_backend
+from phalanx.protos.shards import MAX_RECORDED_ROWS
 from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec, activation_dtype
 
 from .engine import Engine
+from .graphs.device import CudaGraphs
 from .parallel import SingleRank, TensorParallel
 from .pipeline import DistributedStage, Pipeline, SingleStage
 from .sampling.exchange import PIECE
 from .shared_memory import SharedMemoryRank
+
+if TYPE_CHECKING:
+    from .symmetric import SharedSums
+
+_log = logging.getLogger(__name__)
 
 
 class Rendezvous(Protocol):
@@ -49,9 +57,15 @@ class Rendezvous(Protocol):
 class DistributedRank:
     """`TensorParallel` over torch.distributed: NCCL on GPUs, gloo on CPUs."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, *, queued: bool = False) -> None:
+        """queued: collectives are the device's work, as NCCL's, and not the host's."""
+        self._group, self._queued = group, queued
         self._rank, self._size = group.rank(), group.size()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether collectives of any size can be recorded."""
+        return self._queued
 
     @property
     def rank(self) -> int:
@@ -71,8 +85,38 @@ class DistributedRank:
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Stack the tensors of all ranks."""
         stacked = tensor.new_empty((self._size, *tensor.shape))
+        if self._queued:
+            dist.all_gather_into_tensor(stacked, tensor.contiguous(), group=self._group)
+            return stacked
         dist.all_gather(list(stacked.unbind(0)), tensor.contiguous(), group=self._group)
         return stacked
+
+
+class SymmetricRank(DistributedRank):
+    """A GPU of one node: what fits goes through symmetric memory, the rest through the group."""
+
+    def __init__(self, group: dist.ProcessGroup, sums: SharedSums, *, queued: bool) -> None:
+        """sums: with room for every sum of a recorded step."""
+        super().__init__(group, queued=queued)
+        self._sums = sums
+
+    @property
+    def capturable(self) -> bool:
+        """Whatever is recorded fits."""
+        return True
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum in place."""
+        return tensor if self._sums.all_reduce(tensor) else super().all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Stack the tensors of all ranks."""
+        stacked = self._sums.all_gather(tensor)
+        return super().all_gather(tensor) if stacked is None else stacked
+
+    def filled(self, partial: Tensor) -> PeerBuffers | None:
+        """See `PeerMemory`."""
+        return self._sums.filled(partial)
 
 
 def form_group(
@@ -96,11 +140,13 @@ def form_group(
     )
     stage, place = divmod(rank, spec.tp_size)
     shared = rendezvous.collectives == "shm" or spec.tp_size == 1
+    # two ranks on one GPU, which NCCL refuses, meet by gloo: for tests
+    kind = "gloo" if rendezvous.collectives == "symmetric" else rendezvous.collectives
     pipeline: Pipeline = SingleStage()
     if spec.pp_size > 1 or not shared:
         # tokens and addresses go by gloo, on GPUs too: between stages NCCL's order of sends and
         # receives could not be kept in both directions
-        backend = rendezvous.collectives if spec.pp_size == 1 else "gloo"
+        backend = kind if spec.pp_size == 1 else "gloo"
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=spec.num_ranks, timeout=timeout
         )
@@ -112,12 +158,14 @@ def form_group(
         pipeline = DistributedStage(stage, lane, direct)
     if spec.tp_size == 1:
         return SingleRank(), pipeline
+    own = PrefixStore(f"stage-{stage}", store)
     if shared:
-        own = PrefixStore(f"stage-{stage}", store)
         return _shared_memory(spec, place, own, timeout), pipeline
-    group = DistributedRank(_stage_group(spec, stage, rendezvous.collectives, timeout))
-    group.all_reduce(torch.zeros(1, device=spec.device))  # connections are made here, not later
-    return group, pipeline
+    world = _stage_group(spec, stage, kind, timeout)
+    dist.all_reduce(torch.zeros(1, device=spec.device), group=world)  # it connects here, not later
+    if rendezvous.collectives in ("nccl", "symmetric"):
+        return _of_gpus(spec, world, own, queued=kind == "nccl"), pipeline
+    return DistributedRank(world), pipeline
 
 
 def _stage_group(
@@ -133,6 +181,34 @@ def _stage_group(
         dist.new_group(range(start, start + spec.tp_size), timeout, collectives) for start in starts
     ]
     return groups[stage]
+
+
+def _of_gpus(
+    spec: WorkerSpec, world: dist.ProcessGroup, store: Store, *, queued: bool
+) -> DistributedRank:
+    """With symmetric memory above the group, where all its GPUs are of one node."""
+    rank, size = world.rank(), world.size()
+    if not _all_say(store, rank, size, "host", socket.gethostname()):
+        return DistributedRank(world, queued=queued)
+    from .symmetric import SharedSums  # not for CPUs
+
+    rows = min(spec.max_running, MAX_RECORDED_ROWS)
+    dtype = getattr(torch, activation_dtype(spec.dtype))
+    shape, sums, error = (rows, spec.model.hidden_size), None, ""
+    try:
+        sums = SharedSums(world, torch.device(spec.device), shape, dtype)
+    except RuntimeError as refused:
+        error = f"rank {rank}: {refused}"
+    if _all_say(store, rank, size, "symmetric", error or "yes") and sums is not None:
+        return SymmetricRank(world, sums, queued=queued)
+    _log.warning("no symmetric memory among the GPUs of this node: %s", error or "see peers")
+    return DistributedRank(world, queued=queued)
+
+
+def _all_say(store: Store, rank: int, size: int, subject: str, word: str) -> bool:
+    """Whether every rank says the same."""
+    store.set(f"{subject}/{rank}", word)
+    return all(bytes(store.get(f"{subject}/{peer}")).decode() == word for peer in range(size))
 
 
 def _shared_memory(
@@ -166,4 +242,9 @@ def build_engine(
         # it brings its own threads; torch's, which spin while they wait, would fight with them
         torch.set_num_threads(1)
     group, pipeline = form_group(spec, rank, rendezvous, listener)
-    return Engine(spec, group, backend, reason.removeprefix("kernels: "), pipeline)
+    recorder = None
+    wanted = spec.device == "cuda" and spec.record_steps
+    if wanted and getattr(group, "capturable", group.size == 1):
+        recorder = CudaGraphs(torch.device(spec.device))
+    kernels = reason.removeprefix("kernels: ")
+    return Engine(spec, group, backend, kernels, pipeline, recorder)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PeerBuffers
 from phalanx.protos.errors import GroupLost
 
 
@@ -32,6 +33,15 @@ class TensorParallel(Protocol):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Stack equal-shaped tensors of all ranks: [...] -> [size, ...], in rank order."""
+
+
+@runtime_checkable
+class PeerMemory(TensorParallel, Protocol):
+    """A group whose ranks see each other's memory."""
+
+    def filled(self, partial: Tensor) -> PeerBuffers | None:
+        """Buffers that hold all ranks' parts [rows, n] of a sum, once all have called this; None
+        where it does not fit, on every rank alike."""
 
 
 class SingleRank:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 from phalanx.protos.errors import GroupLost, PhalanxError
 from phalanx.protos.specs import WorkerSpec
-from phalanx.protos.steps import StepPlan
+from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import (
     BEAT_S,
     Beat,
@@ -23,11 +26,14 @@ from phalanx.protos.wire import (
 )
 
 from .engine import Engine
+from .pending import PendingStep
 
 PROGRESS_MESSAGES = 100
 """About how many progress messages a rank sends while loading."""
 ORPHAN_S = 2.0
 """For a rank to notice that its step loop is gone, before something is done about it."""
+POLL_S = 5e-5
+"""How often a rank looks whether its device has finished a step, seconds."""
 
 
 class Voice:
@@ -118,9 +124,33 @@ def _serve(
 
     voice.say(engine.load(progress))
     voice.beat()
-    while isinstance(message := read_to_rank(connection), StepPlan):
-        result = engine.step(message)
-        if rank == start.spec.answering_rank:
-            voice.say(result)
+    answers = rank == start.spec.answering_rank
+    _execute(connection, engine, voice.say if answers else lambda result: None)
+
+
+def _execute(
+    connection: socket.socket, engine: Engine, answer: Callable[[StepResult], None]
+) -> None:
+    """Plans until `Stop`. Where the device works on by itself, the next plan is queued before the
+    result of the last one is read; what a step computes does not depend on that."""
+    pending: deque[PendingStep] = deque()
+    while True:
+        while pending and not (len(pending) == 1 and _plan_comes_first(connection, pending[0])):
+            answer(pending.popleft().result())
+        message = read_to_rank(connection)
+        if not isinstance(message, StepPlan):
+            break
+        pending.append(engine.launch(message))
     if not isinstance(message, Stop):
         raise GroupLost(f"{type(message).__name__} came instead of a plan")
+
+
+def _plan_comes_first(connection: socket.socket, step: PendingStep) -> bool:
+    """Wait for the step's end or for a message; whether it is the message."""
+    messages = select.poll()
+    messages.register(connection, select.POLLIN)
+    while not step.is_done:
+        if messages.poll(0):
+            return True
+        time.sleep(POLL_S)
+    return False

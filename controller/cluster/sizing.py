@@ -9,9 +9,11 @@ from typing import Literal, Protocol, cast
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
 from phalanx.protos.errors import ConfigError
+from phalanx.protos.shards import records_steps
 from phalanx.protos.specs import DType, WorkerSpec, activation_dtype
 
 from .placement import MemoryPlan, plan_memory
+from .recording import recorded_bytes
 
 GPU_PART = 0.9  # the rest is for the allocator, the driver and the collectives' buffers
 CPU_PART = 0.5  # host memory is shared with the page cache, which holds the checkpoint
@@ -97,6 +99,18 @@ def size_group(
         )
     auto: DType = "bfloat16" if all(node.fast_bfloat16 for node in nodes) else "float32"
     memory = _memory_per_rank(config, device, nodes)
+    records = config.record_steps and records_steps(served.spec, config.pp)
+    if device == "cuda" and records and config.memory_per_rank is None:
+        dtype = cast(DType, auto if config.dtype == "auto" else config.dtype)
+        for rank, available in enumerate(memory):
+            held = recorded_bytes(
+                served.spec,
+                dtype=dtype,
+                tp_size=config.tp,
+                rank=rank,
+                max_running=config.max_running,
+            )
+            memory[rank] = max(available - held, 0)
 
     def plan(kv_tokens: int | None, state_slots: int | None = None) -> MemoryPlan:
         return plan_config(
@@ -123,6 +137,7 @@ def size_group(
         max_running=config.max_running,
         eos_token_ids=served.eos_token_ids,
         device=device,
+        record_steps=config.record_steps,
         epoch=epoch,
         tokenizer=served.tokenizer.to_str(),
     )

@@ -73,6 +73,7 @@ load_flags = gathered("settings", _load_flags(), _settings)
 @connection_flags
 @load_flags
 def bench(
+    context: typer.Context,
     settings: Settings,
     connection: Connection,
     flags: dict[str, Any],
@@ -92,11 +93,15 @@ def bench(
 
     [bold]phalanx bench --rate 4 --requests 200 --prompt-tokens 32-512[/bold]  as users come
 
+    [bold]phalanx bench kernels[/bold]  kernels alone, beside what the device reaches
+
     [bold]phalanx bench --serve smollm2 --tp 2 --output report.json --plot report.png[/bold]
 
     Prompts are random tokens, so that no cache helps. Times count from when a request was due.
     Exit code 1 says that requests failed; they are counted by status and not in the times.
     """
+    if context.invoked_subcommand is not None:
+        return
     from phalanx.controller.benchmark.report import check_writable, require_matplotlib
 
     if flags and serve is None:

@@ -74,6 +74,12 @@ class CpuBackend(ReferenceBackend):
         """Decode rows sorted by length, and prefills."""
         return CpuPlan(spans, block_size)
 
+    def plan_decode(self, block_tables: Tensor, lengths: Tensor, block_size: int) -> AttentionPlan:
+        """Read now: on a CPU nothing runs later."""
+        rows = zip(lengths.tolist(), block_tables.tolist(), strict=True)
+        spans = [SequenceSpan(row, 1, length, blocks) for row, (length, blocks) in enumerate(rows)]
+        return self.plan_attention(spans, block_size)
+
     def paged_attention(
         self,
         query: Tensor,

@@ -13,12 +13,12 @@ other before they read; nobody waits at the end, as buffers are used in turn.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from phalanx.kernels.fused import PeerBuffers
 
 from .conversion import rounded
 from .launch import launch
@@ -26,20 +26,6 @@ from .norm import shape
 
 PROGRAMS = 64
 """At most: a barrier needs `size` signals for each, and all programs must run at once."""
-
-
-class PeerBuffers(NamedTuple):
-    """A buffer of the same shape on every rank of a node, as symmetric memory gives it.
-
-    `addresses` and `signals` are int64 [size] on the device: where each rank's buffer and its
-    signal pad (uint32 [`PROGRAMS` * size], zeros at rest) stand in this process. None of
-    `signals` = no barrier: somebody else sees to it that the buffers are complete.
-    """
-
-    rank: int
-    local: Tensor  # [rows, n], this rank's own
-    addresses: Tensor
-    signals: Tensor | None
 
 
 @triton.jit

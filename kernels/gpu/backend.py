@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phalanx.kernels.fused import HeadNorms
+from phalanx.kernels.fused import HeadNorms, PeerBuffers
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
 from .activation import activate, gated_quantize
-from .all_reduce import PeerBuffers, all_reduce_add_rms_norm
+from .all_reduce import all_reduce_add_rms_norm
 from .attention_tiles import paged_attention
 from .flash import FlashAttention
 from .float8 import Float8Linear, pack_float8

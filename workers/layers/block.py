@@ -53,8 +53,13 @@ class DecoderLayer:
         *,
         layer: int = 0,
         layouts: Layouts = NO_LAYOUTS,
+        deferred: bool = False,
     ) -> None:
-        self._group, self._norm = group, Normalize(model, backend)
+        """deferred: the next norm sums over the ranks what a block gives, the last block's too;
+        for `block` "pre" with a residual scale of 1."""
+        self._group, self._norm = group, Normalize(model, backend, group)
+        self._add = self._norm.add_sum if deferred else self._norm.add
+        self._add_input = self._add if layer else self._norm.add
         self._scale = model.residual_scale
         self._norms = {
             role: Norm(
@@ -68,8 +73,11 @@ class DecoderLayer:
             for role in _NORMS[model.block]
         }
         place = (group, backend, dtype, device)
-        self.attention = _attention(model, part, names, *place, layer=layer, layouts=layouts)
-        self.mlp = _mlp(model, part, names, *place, layer=layer, layouts=layouts)
+        reduce = model.block not in ("parallel", "parallel_two") and not deferred
+        self.attention = _attention(
+            model, part, names, *place, layer=layer, layouts=layouts, reduce=reduce
+        )
+        self.mlp = _mlp(model, part, names, *place, layer=layer, layouts=layouts, reduce=reduce)
         self._run = {
             "pre": self._pre,
             "sandwich": self._sandwich,
@@ -108,9 +116,9 @@ class DecoderLayer:
     def _pre(
         self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
+        x, residual = self._add_input(x, residual, self._norms["input_norm"])
         x = self._scaled(self.attention(x, batch, cache))
-        x, residual = self._norm.add(x, residual, self._norms["post_norm"])
+        x, residual = self._add(x, residual, self._norms["post_norm"])
         return self._scaled(self.mlp(x)), residual
 
     def _sandwich(
@@ -144,11 +152,6 @@ class DecoderLayer:
         return self._scaled(self.attention(x, batch, cache)), residual
 
 
-def _reduces(model: DecoderSpec) -> bool:
-    """Whether attention and feed-forward each sum over the ranks, or the layer does."""
-    return model.block not in ("parallel", "parallel_two")
-
-
 def _attention(
     model: DecoderSpec,
     part: RankCut,
@@ -160,8 +163,9 @@ def _attention(
     *,
     layer: int,
     layouts: Layouts,
+    reduce: bool,
 ) -> AnyAttention:
-    place, reduce = (group, backend, dtype, device), _reduces(model)
+    place = (group, backend, dtype, device)
     if model.state is not None and part.state is not None and model.has_state(layer):
         states = HeadStates if model.state.heads else ChannelStates
         return states(model, model.state, part.state, names, *place, layouts=layouts, reduce=reduce)
@@ -180,8 +184,9 @@ def _mlp(
     *,
     layer: int,
     layouts: Layouts,
+    reduce: bool,
 ) -> AnyMLP:
-    place, reduce = (group, backend, dtype, device), _reduces(model)
+    place = (group, backend, dtype, device)
     if model.block == "single":
         return NoMLP()
     if model.experts is not None and model.has_experts(layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PeerSummingBackend
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import HeadCut, Span
 from phalanx.protos.specs import DecoderSpec
@@ -12,7 +13,7 @@ from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.models.layout import PLAIN, Layout
 from phalanx.workers.models.registry import LayerNames
 from phalanx.workers.models.shapes import bias_name
-from phalanx.workers.parallel import TensorParallel
+from phalanx.workers.parallel import PeerMemory, TensorParallel
 
 
 class Norm:
@@ -41,7 +42,11 @@ class Norm:
 class Normalize:
     """Applies the norms of one model, by its rule."""
 
-    def __init__(self, model: DecoderSpec, backend: KernelBackend) -> None:
+    def __init__(
+        self, model: DecoderSpec, backend: KernelBackend, group: TensorParallel | None = None
+    ) -> None:
+        """group: only `add_sum` needs it."""
+        self._group = group
         self._rms, self._eps, self._offset = model.norm == "rms", model.norm_eps, model.norm_offset
         self._backend = backend
 
@@ -63,6 +68,19 @@ class Normalize:
             return self._backend.add_rms_norm(x, residual, norm.weight, self._eps, self._offset)
         residual = x + residual
         return self(residual, norm), residual
+
+    def add_sum(self, part: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """As `add` of the ranks' sum of `part`; in one kernel, where group and backend can."""
+        group, backend = self._group, self._backend
+        if group is None or group.size == 1:
+            return self.add(part, residual, norm)
+        if isinstance(group, PeerMemory) and isinstance(backend, PeerSummingBackend):
+            peers = group.filled(part) if self._rms else None
+            if peers is not None and norm.weight is not None:
+                return backend.all_reduce_add_rms_norm(
+                    peers, residual.contiguous(), norm.weight, self._eps, self._offset
+                )
+        return self.add(group.all_reduce(part), residual, norm)
 
 
 class QueryKeyNorm:

@@ -11,13 +11,28 @@ from torch import Tensor
 
 from phalanx.protos.errors import ModelError
 from phalanx.protos.shards import Span
-from phalanx.workers.checkpoint.source import Checkpoint, TensorSlice
+from phalanx.workers.checkpoint.slices import TensorSlice
 from phalanx.workers.models.layout import unpermute_heads
 
 from .pieces import Piece
 
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 """A tensor is read in runs of rows of about this many elements, to keep the temporary small."""
+
+
+class Source(Protocol):
+    """Named tensors that are read by slice: see `Checkpoint`."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Row-major shape."""
+
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> TensorSlice:
+        """A rectangle of a matrix, or rows of a vector."""
 
 
 class Loadable(Protocol):
@@ -33,7 +48,7 @@ class Loadable(Protocol):
 
 def fill(
     model: Loadable,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     *,
     permuted_heads: bool,
     ignored: Sequence[str] = (),
@@ -70,7 +85,7 @@ def fill(
     return unused
 
 
-def _fill_piece(piece: Piece, checkpoint: Checkpoint, permuted_heads: bool) -> Iterable[int]:
+def _fill_piece(piece: Piece, checkpoint: Source, permuted_heads: bool) -> Iterable[int]:
     _check_shape(piece, checkpoint.shape(piece.source))
     rows = piece.rows or Span(0, piece.target.shape[0])
     permuted = permuted_heads and piece.head_dim is not None
@@ -90,7 +105,7 @@ def _fill_piece(piece: Piece, checkpoint: Checkpoint, permuted_heads: bool) -> I
         yield target.numel()
 
 
-def _read(piece: Piece, checkpoint: Checkpoint, start: int, stop: int) -> TensorSlice:
+def _read(piece: Piece, checkpoint: Source, start: int, stop: int) -> TensorSlice:
     """Rows [start, stop) of the projection, from where its layout says that they lie."""
     columns = None if piece.columns is None else slice(*piece.columns)
     flipped = piece.layout.transposed and piece.target.dim() > 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phalanx.protos.sampling import SamplingParams
 
-from .random import CHUNK, gumbel, token_bits
+from .random import gumbel, rows_at_once, token_bits
 
 SPARE = 64  # extra candidates, in case equal values stand where the list ends
 NO_TOKEN = 2**52  # id of padding: after every token, exact in float64
@@ -141,7 +141,7 @@ def local_mass(logits: Tensor, temperatures: Tensor, dtype: torch.dtype = torch.
     top = logits.amax(-1).double()
     shift = torch.where(top > -math.inf, top, 0.0)
     sums = torch.empty_like(shift)
-    step = max(1, CHUNK // logits.shape[1])
+    step = rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)
         scaled = logits[part].to(dtype) - shift[part, None].to(dtype)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.shards import Span
+from phalanx.workers.transfer import upload
 
-from .rows import SampleRow
+from .rows import SampleRow, is_filtered, is_greedy
 
 Ids = NDArray[np.int64]
 
@@ -39,8 +40,18 @@ def is_adjusted(row: SampleRow) -> bool:
 def is_plainly_greedy(row: SampleRow) -> bool:
     """Whether the row takes the largest of its logits as they are, and nothing more is asked."""
     params = row.params
-    greedy = params.temperature == 0.0 or params.top_k == 1
-    return greedy and params.logprobs is None and not is_adjusted(row)
+    return is_greedy(params) and params.logprobs is None and not is_adjusted(row)
+
+
+def is_plain(row: SampleRow, vocab_size: int) -> bool:
+    """Whether all that is wanted is the maximum of the logits, or of logits with noise.
+
+    A row with a grammar is not plain, even where nothing is known yet of what that allows.
+    """
+    params = row.params
+    if params.logprobs is not None or params.grammar is not None or is_adjusted(row):
+        return False
+    return is_greedy(params) or not is_filtered(params, vocab_size)
 
 
 def adjust(logits: Tensor, row: SampleRow, vocab: Span, eos_token_ids: Sequence[int]) -> None:
@@ -79,7 +90,7 @@ def _local(ids: Ids, vocab: Span) -> Ids:
 
 
 def _index(offsets: Ids, logits: Tensor) -> Tensor:
-    return torch.from_numpy(offsets).to(logits.device)
+    return upload(offsets, logits.device)
 
 
 def _penalise_repetition(logits: Tensor, offsets: Ids, penalty: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from phalanx.protos.steps import TokenLogprob
 
 from .candidates import local_candidates, local_mass, merge, total_mass
-from .random import CHUNK
+from .random import rows_at_once
 
 
 def local_parts(raw: Tensor, first_id: int, count: int) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def better_tokens(raw: Tensor, first_id: int, values: Tensor, token_ids: Tensor)
     values, token_ids = values.to(raw), token_ids.to(raw.device)
     ids = torch.arange(first_id, first_id + raw.shape[1], device=raw.device)
     counts = torch.empty(raw.shape[0], dtype=torch.int64, device=raw.device)
-    step = max(1, CHUNK // raw.shape[1])
+    step = rows_at_once(raw)
     for start in range(0, raw.shape[0], step):
         part = slice(start, start + step)
         value, token_id = values[part, None], token_ids[part, None]

@@ -18,12 +18,19 @@ GAMMA = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 UNIFORM_BITS = 52
 MARGIN = 3.61  # log(53 log 2) rounded up
-CHUNK = 1 << 18  # elements that are worked on at once, to stay in the cache
+CHUNK = 1 << 18  # elements that are worked on at once, to stay in a CPU's cache
+DEVICE_CHUNK = 1 << 24  # elsewhere: to bound the temporaries
 
 
 def _signed(value: int) -> int:
     """The int64 with the bits of an unsigned 64-bit `value`."""
     return value - WORD if value >= WORD >> 1 else value
+
+
+def rows_at_once(matrix: Tensor) -> int:
+    """Rows of [n, m] that elementwise work goes through at a time."""
+    most = CHUNK if matrix.device.type == "cpu" else DEVICE_CHUNK
+    return max(1, most // max(matrix.shape[1], 1))
 
 
 def mix64(value: int) -> int:
@@ -33,16 +40,24 @@ def mix64(value: int) -> int:
     return value ^ value >> 31
 
 
+def sample_key(seed: int, sample_index: int) -> int:
+    """Where the keys of one sample's tokens start, as int64: see `mixed`."""
+    key = mix64((seed + GAMMA) % WORD)
+    return _signed(mix64((key + (sample_index + 1) * GAMMA) % WORD))
+
+
 def stream_key(seed: int, sample_index: int, position: int) -> int:
     """Where the stream of one token starts, as int64; `position` counts from the prompt's start."""
-    key = mix64((seed + GAMMA) % WORD)
-    key = mix64((key + (sample_index + 1) * GAMMA) % WORD)
+    key = sample_key(seed, sample_index)
     return _signed(mix64((key + (position + 1) * GAMMA) % WORD))
 
 
-def token_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """52 random bits (int64 in [0, 2**52)) for each key and token id, shapes broadcast."""
-    bits = (token_ids + 1) * _signed(GAMMA) + keys  # int64 arithmetic wraps around
+def mixed(keys: Tensor, counters: Tensor) -> Tensor:
+    """Output `counters` of the streams that start at `keys`: int64, shapes broadcast.
+
+    For a sample's key and a position, it is the `stream_key` of the token there.
+    """
+    bits = (counters + 1) * _signed(GAMMA) + keys  # int64 arithmetic wraps around
     shifted = torch.empty_like(bits)
 
     def fold(shift: int) -> None:
@@ -55,6 +70,12 @@ def token_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
     fold(27)
     bits.mul_(_signed(SECOND))
     fold(31)
+    return bits
+
+
+def token_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """52 random bits (int64 in [0, 2**52)) for each key and token id, shapes broadcast."""
+    bits = mixed(keys, token_ids)
     return bits.bitwise_right_shift_(64 - UNIFORM_BITS).bitwise_and_((1 << UNIFORM_BITS) - 1)
 
 
@@ -87,7 +108,7 @@ def gumbel_max(
     ids = torch.arange(first_id, first_id + width, device=logits.device)
     best = torch.empty(count, dtype=torch.float64, device=logits.device)
     column = torch.empty(count, dtype=torch.int64, device=logits.device)
-    step = max(1, CHUNK // width)
+    step = rows_at_once(logits)
     for start in range(0, count, step):
         part = slice(start, start + step)
         bits = token_bits(keys[part, None], ids)

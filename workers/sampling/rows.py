@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phalanx.protos.sampling import SamplingParams
+from phalanx.workers.transfer import upload
 
 from .random import stream_key
 
@@ -28,6 +30,16 @@ class SampleRow(NamedTuple):
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is the only choice."""
+    return params.temperature == 0.0 or params.top_k == 1
+
+
+def is_filtered(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether some tokens are left out before one is drawn."""
+    return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
 
 
 class Chosen(NamedTuple):
@@ -62,4 +74,4 @@ def select_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """`tensor[rows]` for ascending rows, without a copy when they are all."""
     if len(rows) == tensor.shape[0]:
         return tensor
-    return tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)]
+    return tensor.index_select(0, upload(np.array(rows, dtype=np.int64), tensor.device))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,16 +21,17 @@ from phalanx.protos.errors import RequestFailed
 from phalanx.protos.shards import Span
 from phalanx.protos.steps import TokenLogprob
 from phalanx.workers.parallel import TensorParallel
+from phalanx.workers.transfer import upload
 
 from .candidates import NO_TOKEN
 from .exchange import exchange
 from .filtered import FilteredRows
-from .logits import adjust, is_adjusted, is_plainly_greedy
+from .logits import adjust, is_adjusted
 from .logprobs import Distribution, better_tokens, local_parts
 from .random import first_max, gumbel_max
-from .rows import Chosen, SampleRow, select_rows, stream_keys
+from .rows import Chosen, SampleRow, is_filtered, is_greedy, select_rows, stream_keys
 
-__all__ = ["SampleRow", "Sampled", "Sampler", "is_plainly_greedy"]
+__all__ = ["SampleRow", "Sampled", "Sampler"]
 
 SPARE_RANKS = 12  # top entries gathered beyond those asked for: they often rank the sampled token
 
@@ -64,9 +66,9 @@ class _Groups(NamedTuple):
                 groups.adjusted.append(index)
             if params.logprobs is not None:
                 groups.scored.append(index)
-            if params.temperature == 0.0 or params.top_k == 1:
+            if is_greedy(params):
                 groups.greedy.append(index)
-            elif 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0:
+            elif is_filtered(params, vocab_size):
                 groups.filtered.append(index)
             else:
                 groups.plain.append(index)
@@ -178,7 +180,10 @@ class Sampler:
         if not self._vocab.size:
             return logits.new_full((logits.shape[0], 1), -math.inf), logits.new_zeros(len(logits))
         broken = ~(logits.amin(-1).isfinite() & logits.amax(-1).isfinite())
-        if bool(broken.any()):
+        # another device would have to be waited for, to know
+        if logits.device.type != "cpu":
+            logits.masked_fill_(broken[:, None], 0.0)
+        elif bool(broken.any()):
             logits[broken] = 0.0
         return logits, broken.float()
 
@@ -191,17 +196,16 @@ class Sampler:
             outcomes.append(first_max(select_rows(logits, groups.greedy)))
         if groups.plain:
             plain = [rows[index] for index in groups.plain]
-            temperatures = torch.tensor(
-                [row.params.temperature for row in plain], dtype=torch.float64
-            ).to(logits.device)
-            keys = stream_keys(plain).to(logits.device)
+            warmth = np.array([row.params.temperature for row in plain], dtype=np.float64)
+            temperatures = upload(warmth, logits.device)
+            keys = upload(stream_keys(plain).numpy(), logits.device)
             part = select_rows(logits, groups.plain)
             outcomes.append(gumbel_max(part, temperatures, keys, self._first_id))
         if not outcomes:
             return {"winners": logits.new_zeros(0, 3)}
         values = torch.cat([value.double() for value, _ in outcomes])
         columns = torch.cat([column for _, column in outcomes])
-        index = torch.tensor(groups.greedy + groups.plain, device=logits.device)
+        index = upload(np.array(groups.greedy + groups.plain, dtype=np.int64), logits.device)
         ids = (columns + self._first_id).double()
         return {"winners": torch.stack([ids, values, raw[index, columns].double()], dim=-1)}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PeerBuffers
 from phalanx.kernels.gpu import (
     activation,
     all_reduce,
@@ -20,7 +21,6 @@ from phalanx.kernels.gpu import (
     rope,
     sampling,
 )
-from phalanx.kernels.gpu.all_reduce import PeerBuffers
 from phalanx.kernels.gpu.plan import GpuPlan
 from phalanx.kernels.interface import AttentionSpec
 

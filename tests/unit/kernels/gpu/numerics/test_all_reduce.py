@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PeerBuffers
 from phalanx.kernels.gpu import all_reduce
-from phalanx.kernels.gpu.all_reduce import PeerBuffers, all_reduce_add_rms_norm
+from phalanx.kernels.gpu.all_reduce import all_reduce_add_rms_norm
 from phalanx.kernels.gpu.conversion import INTERPRETED
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""How fast a backend's kernels are, as a share of what the device itself reaches."""

@@ -1,0 +1,1 @@
+"""Decode steps as CUDA graphs: recorded once for each batch size, replayed ever after."""
