@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.protos.sampling import SamplingParams
+from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.workers.graphs.device import CallAgain, Work
 
 
@@ -35,6 +35,12 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "filtered": [{"top_p": 0.8}, {}, {"temperature": 0.0}, {"top_k": 30, "min_p": 0.02}],
     "adjusted": [{"repetition_penalty": 1.3}, {}, {"logit_bias": {7: 6.0}}, {"logprobs": 3}],
     "changing": [{"min_tokens": 9, "stop_token_ids": (3, 4)}, {}, {"prompt_logprobs": 1}],
+    "formed": [
+        {"temperature": 0.0, "grammar": Grammar("regex", "([a-z]{2} ){9}"), "ignore_eos": False},
+        {},
+        {"grammar": Grammar("choice", '["yes", "not in the least"]'), "ignore_eos": False},
+        {"temperature": 0.0},
+    ],
 }
 
 
@@ -78,3 +84,24 @@ def test_the_same_tokens(
     assert recorded.scheduler.stats().preemptions
     assert recorder.recorded == tp * 3 * len([1, 2, 4, 8, 11])
     assert recorder.replayed > 20 * tp
+
+
+@pytest.mark.parametrize("kind", ["greedy", "drawn"])
+def test_the_same_tokens_in_int8(
+    tiny_llama: Callable[..., Path], local_replica: Callable[..., Any], kind: str
+) -> None:
+    """Weights and caches; unrecorded, the likeliest tokens are found without the logits."""
+    sizes = {"tp": 2, "dtype": "int8", "block_size": 4, "num_blocks": 64, "max_running": 5}
+    wanted, recorder = requests(KINDS[kind], 8), Counting()
+    plain = outputs(local_replica(tiny_llama(), **sizes), wanted)
+    assert outputs(local_replica(tiny_llama(), **sizes, recorder=recorder), wanted) == plain
+    assert recorder.replayed > 20
+
+
+def test_stages_record_nothing(
+    tiny_llama: Callable[..., Path], local_replica: Callable[..., Any]
+) -> None:
+    wanted, recorder = requests(KINDS["drawn"], 6), Counting()
+    expected = outputs(local_replica(tiny_llama()), wanted)
+    assert outputs(local_replica(tiny_llama(), pp=2, recorder=recorder), wanted) == expected
+    assert not recorder.recorded

@@ -59,6 +59,12 @@ def test_unrecorded_steps_need_no_room(tiny_llama: Callable[..., Path]) -> None:
     assert plan.ranks[0].total > gpus[0].memory_available * GPU_PART - 2**20
 
 
+def test_stages_record_nothing_and_need_no_room(tiny_llama: Callable[..., Path]) -> None:
+    folder, gpus = str(tiny_llama()), [Gpu("here", 2 * GIB), Gpu("there", 2 * GIB)]
+    _, plan = size_group(ClusterConfig(model=folder, pp=2), resolve_model(folder), "cuda", gpus)
+    assert max(rank.total for rank in plan.ranks) > gpus[0].memory_available * GPU_PART - 2**20
+
+
 def test_old_gpus_compute_in_float32(tiny_llama: Callable[..., Path]) -> None:
     folder = str(tiny_llama())
     gpus = [Gpu("10.0.0.1", 2 * GIB, fast_bfloat16=False)]
