@@ -80,20 +80,13 @@ class Decoder:
             self._head = VocabParallelHead(self._tables[-1])
             layout = names.layouts.get("final_norm", PLAIN)
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
+        layouts = names.layouts
+        shared = (group, backend, dtype, device)
         self.layers = [
             DecoderLayer(
-                model,
-                part,
-                names.layer(index),
-                group,
-                backend,
-                dtype,
-                device,
-                layer=index,
-                layouts=names.layouts,
-                deferred=deferred,
+                model, part, names.layer(i), *shared, layer=i, layouts=layouts, deferred=deferred
             )
-            for index in range(*stage.layers)
+            for i in range(*stage.layers)
         ]
 
     @property

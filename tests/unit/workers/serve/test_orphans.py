@@ -55,7 +55,7 @@ class Hanging:
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         return REPORT
 
-    def step(self, plan: StepPlan) -> Any:
+    def launch(self, plan: StepPlan) -> Any:
         self.stepping.set()
         self.released.wait(30)
         raise GroupLost("the peers are gone")
