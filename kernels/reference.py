@@ -141,11 +141,12 @@ class ReferenceBackend:
                 )
                 for pool in (key_pool, value_pool)
             )
-            scores = _wide(query[rows].transpose(0, 1)) @ _wide(keys.transpose(1, 2))
+            wide = _wide(query[rows].transpose(0, 1))
+            scores = wide @ keys.transpose(1, 2).to(wide.dtype)
             positions = torch.arange(span.length, device=query.device)
             distance = positions[None, :] - positions[-span.num_query :, None]
             weights = weigh(scores, distance, spec)
-            output[rows] = (weights @ _wide(values)).transpose(0, 1).to(query.dtype)
+            output[rows] = (weights @ values.to(wide.dtype)).transpose(0, 1).to(query.dtype)
         return output
 
     def causal_conv(self, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -194,12 +195,12 @@ def _decode(
         for pool in (key_pool, value_pool)
     )
     packed = _wide(query.view(batch, kv_heads, -1, dim).transpose(0, 1))
-    scores = (packed @ _wide(keys).transpose(2, 3)).transpose(0, 1)
+    scores = (packed @ keys.to(packed.dtype).transpose(2, 3)).transpose(0, 1)
     distance = torch.arange(width, device=query.device) + 1 - plan.lengths[:, None]
     scores = scores.reshape(batch, heads, 1, width)
     weights = weigh(scores, distance[:, None, None], spec)
     weights = weights.view(batch, kv_heads, -1, width).transpose(0, 1)
-    mixed = (weights @ _wide(values)).transpose(0, 1)
+    mixed = (weights @ values.to(packed.dtype)).transpose(0, 1)
     return mixed.reshape(batch, heads, dim).to(query.dtype)
 
 

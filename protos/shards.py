@@ -32,18 +32,6 @@ CARRIED_BYTES = 4
 """Of an element of hidden states between stages, at most."""
 
 
-MAX_RECORDED_ROWS = 512
-"""Rows of the largest step that a GPU records; larger ones run as they come."""
-RECORDED_LOGIT_ROWS = 256
-"""Rows of logits that exist at a time in a recorded step."""
-
-
-def records_steps(model: DecoderSpec, pp_size: int) -> bool:
-    """Whether GPUs record decode steps: not where the host must know more of a step than its rows,
-    as for experts, for states and between stages."""
-    return pp_size == 1 and model.experts is None and model.state is None
-
-
 class Span(NamedTuple):
     """Half-open run [start, stop) of one dimension."""
 

@@ -11,13 +11,8 @@ from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.errors import GroupLost, RequestFailed
-from phalanx.protos.shards import (
-    MAX_LOGIT_ROWS,
-    cut_model,
-    cut_stages,
-    records_steps,
-    state_layers,
-)
+from phalanx.protos.recording import records_steps
+from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages, state_layers
 from phalanx.protos.specs import LoadReport, WorkerSpec, activation_dtype
 from phalanx.protos.steps import (
     PromptLogprobs,

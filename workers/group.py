@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from phalanx.kernels.fused import FusingBackend, PeerBuffers
 from phalanx.kernels.select import select_backend
-from phalanx.protos.shards import MAX_RECORDED_ROWS
+from phalanx.protos.recording import MAX_RECORDED_ROWS
 from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec, activation_dtype
 
 from .engine import Engine

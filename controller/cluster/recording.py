@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from phalanx.protos.shards import MAX_RECORDED_ROWS, RECORDED_LOGIT_ROWS, cut_model
+from phalanx.protos.recording import MAX_RECORDED_ROWS, RECORDED_LOGIT_ROWS
+from phalanx.protos.shards import cut_model
 from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, DType
 
 from .placement import PIECE_BYTES, activation_bytes

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, cast
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
 from phalanx.protos.errors import ConfigError
-from phalanx.protos.shards import records_steps
+from phalanx.protos.recording import records_steps
 from phalanx.protos.specs import DType, WorkerSpec, activation_dtype
 
 from .placement import MemoryPlan, plan_memory

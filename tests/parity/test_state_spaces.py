@@ -112,3 +112,9 @@ def test_forks_do_not_share_their_states(local_replica: Make, model: Any, num_st
     alone = local_replica(model.served, block_size=4, max_running=1, prefix_caching=False)
     again = alone.generate([(PROMPTS[2], params)])[0]
     assert outputs == [[t.token_id for event in events for t in event.tokens] for events in again]
+
+
+def test_steps_with_states_are_not_recorded(local_replica: Make, model: Any) -> None:
+    recorder = object()  # can do nothing
+    run = local_replica(model.served, tp=2, recorder=recorder)
+    check(model, PROMPTS[:3], run.tokens([(prompt, greedy()) for prompt in PROMPTS[:3]]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import CapturableBackend, KernelBackend
-from phalanx.protos.shards import MAX_RECORDED_ROWS, RECORDED_LOGIT_ROWS
+from phalanx.protos.recording import MAX_RECORDED_ROWS, RECORDED_LOGIT_ROWS
 from phalanx.protos.specs import WorkerSpec, activation_dtype
 from phalanx.workers.batch import Batch, BatchBuilder, SequenceState
 from phalanx.workers.sampling.plain import PlainChoice

@@ -89,7 +89,8 @@ def test_padding_writes_into_no_ones_blocks(make_engine: MakeEngine) -> None:
     for engine in engines:
         for plan in plans():
             engine.step(plan)
-        pools.append(torch.stack([torch.stack(layer)[:, :, :64] for layer in engine._cache.layers]))
+        layers = engine._cache.layers
+        pools.append(torch.stack([torch.stack(layer[:2])[:, :, :64] for layer in layers]))
     assert torch.equal(*pools)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.protos.shards import MAX_RECORDED_ROWS
+from phalanx.protos.recording import MAX_RECORDED_ROWS
 from phalanx.workers.graphs.steps import batch_sizes
 
 
