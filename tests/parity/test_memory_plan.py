@@ -159,20 +159,22 @@ def check(model: ServedModel, dtype: Any, tp_size: int, rank: int, **sizes: int)
     assert (report.weight_bytes, report.kv_bytes) == (memory.weights, memory.kv)
     assert report.state_bytes == memory.states
     held = memory.weights + memory.kv + memory.rope_table + memory.states
-    assert loading.left == pytest.approx(held, rel=0.01), "a copy of some weight stays alive"
+    # the pool is mapped memory, which the profiler does not see
+    left = loading.left + report.kv_bytes
+    assert left == pytest.approx(held, rel=0.01), "a copy of some weight stays alive"
     peak = 0
     for step in largest_steps(spec):
         with Allocations() as working:
             engine.step(step)
         peak = max(peak, working.peak)
         assert working.left < 0.002 * memory.total
-    assert loading.left + peak == pytest.approx(memory.total, rel=0.05), (
+    assert left + peak == pytest.approx(memory.total, rel=0.05), (
         f"activations {peak}, planned {memory.activations}"
     )
     if dtype == "int8":
         return  # all weights have their place in bfloat16 at first, which is written stage by stage
     # while weights are laid out anew, those of one stage exist twice, never all
-    assert loading.peak <= max(memory.total, held + 0.25 * memory.weights)
+    assert loading.peak + report.kv_bytes <= max(memory.total, held + 0.25 * memory.weights)
 
 
 @pytest.mark.parametrize(("tp_size", "rank"), [(1, 0), (2, 1), (3, 0)])
