@@ -221,23 +221,23 @@ def weight_parameters(
 def weight_bytes(
     model: DecoderSpec, tp_size: int, rank: int, dtype: DType, stage: Stage | None = None
 ) -> int:
-    """Bytes of the weights that one rank of a stage holds; what corrects a choice of experts is
-    float32, and so are the numbers that a state space's states decay by.
+    """Bytes of the weights that one rank of a stage holds; attention sinks, what corrects a choice
+    of experts, and the numbers that a state space's states decay by, are float32.
 
     In int8, linear layers take a byte a weight and a scale for each output, and a table that is
     both embedding and head is held twice, once in each format.
     """
     size, stage = DTYPE_BYTES[activation_dtype(dtype)], stage or whole(model)
-    experts, wide = model.experts, 0
+    experts, part = model.experts, cut_model(model, tp_size, rank)
+    wide = model.attention_sinks * part.heads.query.size * stage.layers.size
     if experts is not None and experts.corrected:
         held = sum(model.has_experts(layer) for layer in range(*stage.layers))
-        wide = experts.num_experts * held
+        wide += experts.num_experts * held
     if model.state is not None:
         wide += _decay_parameters(model.state, tp_size, rank) * state_layers(model, stage)
     total = size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
     if dtype != "int8":
         return total
-    part = cut_model(model, tp_size, rank)
     head = (part.vocab.size, model.hidden_size)
     if model.tie_embeddings and stage.is_first and stage.is_last:
         total += size * head[0] * head[1]
@@ -297,6 +297,7 @@ def _attention_parameters(model: DecoderSpec, part: RankCut) -> int:
     query, kv = part.heads.query.size * dim, part.heads.kv.size * dim
     total = hidden * (query + 2 * kv) + query * hidden
     total += model.attention_bias * (query + 2 * kv) + model.output_bias * hidden
+    total += model.attention_sinks * part.heads.query.size
     if model.qk_norm != "none":
         total += 2 * dim if model.qk_norm == "head" else query + kv
     return total

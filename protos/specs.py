@@ -192,6 +192,8 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Factor of the scores; None = head_dim ** -0.5."""
     attention_softcap: float = 0.0
     """Scores s become cap * tanh(s / cap); 0 = not."""
+    attention_sinks: bool = False
+    """Each query head has one more score, learned, whose weight goes nowhere (Xiao 2023)."""
     qkv_clip: float = 0.0
     """Queries, keys and values are clamped to [-clip, clip]; 0 = not."""
     gated_mlp: bool = True

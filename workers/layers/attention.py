@@ -50,6 +50,9 @@ class Attention:
         rope = model.rope_of(layer)
         self._rotates, self._local = rope is not None, rope is model.local_rope
         self._spec = _spec(model, heads, layer, device)
+        self._sinks: Piece | None = None
+        if self._spec.sinks is not None:
+            self._sinks = Piece(names.sinks, self._spec.sinks, heads.query)
         query = _elements(heads.query, model.head_dim)
         self.qkv = _projections(model, heads, names, layouts, dtype, device)
         self._norm: QueryKeyNorm | None = None
@@ -99,7 +102,8 @@ class Attention:
     @property
     def pieces(self) -> list[Piece]:
         """What the checkpoint must fill beside the linear layers."""
-        return self._norm.pieces if self._norm else []
+        pieces = self._norm.pieces if self._norm else []
+        return pieces if self._sinks is None else [*pieces, self._sinks]
 
     def __call__(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """Attend with the step's positions and pages."""
@@ -156,10 +160,13 @@ def _projections(
 
 def _spec(model: DecoderSpec, heads: HeadCut, layer: int, device: torch.device) -> AttentionSpec:
     slopes = model.alibi_slopes[heads.query.start : heads.query.stop]
+    # float32 always: one number a head, and the scores beside it are float32
+    sinks = torch.empty(heads.query.size, device=device) if model.attention_sinks else None
     scale = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
     return AttentionSpec(
         scale=scale,
         window=model.window(layer),
         softcap=model.attention_softcap,
         alibi_slopes=torch.tensor(slopes, device=device) if model.alibi_slopes else None,
+        sinks=sinks,
     )

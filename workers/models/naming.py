@@ -35,6 +35,8 @@ class LayerNames:
     key_rotated: str = ""
     query_norm: str = ""
     key_norm: str = ""
+    sinks: str = ""
+    """The score of each query head's sink."""
     output: str = ""
     attention_norm: str = ""
     """Of what the attention block gives."""

@@ -34,6 +34,8 @@ def shapes(spec: DecoderSpec, names: ModelNames) -> Shapes:
             found |= _state_vectors(spec.state, layer)
             continue
         found |= dict(_head_norms(spec, layer, names.layouts))
+        if spec.attention_sinks:
+            found[layer.sinks] = (spec.num_heads,)
     for name in norms:
         if spec.norm_affine:
             found[name] = (hidden,)

@@ -58,7 +58,8 @@ def make_layers(dtype: torch.dtype, rank: int, head_norms: bool) -> list[Layer]:
         pools = randn(2, KV_HEADS, 12, BLOCK, DIM, seed=seed + 20, dtype=dtype)
         norm = [randn(HIDDEN, seed=index + part, dtype=dtype) * 0.1 for part in (0, 1)]
         heads = (randn(DIM, seed=7, dtype=dtype), randn(DIM, seed=8, dtype=dtype))
-        spec = AttentionSpec(scale=0.3, window=5 if index == 1 else 0)
+        sinks = randn(HEADS, seed=70, dtype=torch.float32) if index == 1 else None
+        spec = AttentionSpec(scale=0.3, window=5 if index == 1 else 0, sinks=sinks)
         layers.append(Layer(norm, linears, pools, heads if head_norms else (None, None), spec))
     return layers
 

@@ -46,6 +46,7 @@ def models(draw: st.DrawFn) -> DecoderSpec:
         "tie_embeddings": draw(st.booleans()),
         "learned_positions": draw(st.booleans()),
         "embedding_norm": draw(st.booleans()),
+        "attention_sinks": draw(st.booleans()),
     }
     if layers := draw(st.sets(st.integers(0, num_layers - 1))):
         fields["experts"] = ExpertSpec(

@@ -214,6 +214,7 @@ def models(draw: st.DrawFn) -> DecoderSpec:
         attention_bias=biased,
         output_bias=biased,
         mlp_bias=biased,
+        attention_sinks=draw(st.booleans()),
     )
 
 
@@ -280,7 +281,11 @@ def _attention(model: DecoderSpec, weights: dict[str, Tensor], x: Tensor) -> Ten
         kv = head * model.num_kv_heads // model.num_heads
         scores = query[:, head] @ key[:, kv].T / dim**0.5
         scores = scores.masked_fill(positions[None, :] > positions[:, None], -torch.inf)
-        outputs.append(scores.softmax(-1) @ value[:, kv])
+        shares = scores.exp()
+        total = shares.sum(-1, keepdim=True)
+        if model.attention_sinks:
+            total += weights["sinks"][head].exp()
+        outputs.append(shares / total @ value[:, kv])
     bias = weights["output_bias"] if model.output_bias else None
     return F.linear(torch.cat(outputs, dim=-1), weights["output"], bias)
 
@@ -313,6 +318,7 @@ def test_attention_with_fused_projections(
     shapes["output"] = (hidden, query)
     weights = {name: _scaled(numbers, shape, dtype) for name, shape in shapes.items()}
     weights |= {f"{name}_bias": numbers.normal(shapes[name][0], dtype=dtype) for name in shapes}
+    weights["sinks"] = 2 * numbers.normal(model.num_heads, dtype=dtype)
     x = numbers.normal(sum(chunks), hidden, dtype=dtype)
     rotary = RotaryTable(model.rope, model.max_context, dtype, CPU)
 
@@ -320,7 +326,7 @@ def test_attention_with_fused_projections(
         heads = cut_model(model, size, group.rank).heads
         names = BIASED if model.attention_bias else NAMES
         layer = Attention(model, heads, names, group, BACKEND, dtype, CPU)
-        fill([*layer.qkv.pieces, *layer.output.pieces], weights)
+        fill([*layer.qkv.pieces, *layer.output.pieces, *layer.pieces], weights)
         layer.qkv.pack(BACKEND)
         layer.output.pack(BACKEND)
         cache = _cache(heads.kv.size, dim, dtype)
