@@ -359,6 +359,8 @@ def _layer_parameters(model: DecoderSpec, part: RankCut, layer: int) -> int:
         if experts.shared_size:
             shared = hidden * (experts.shared_gated + 3 * part.shared.size)
         shared += experts.num_experts * experts.corrected
+        biases = 1 + 2 * part.experts.size + hidden
+        shared += experts.num_experts * biases * experts.biased
         return total + experts.num_experts * hidden * (1 + 3 * part.experts.size) + shared
     projections = 1 + model.gated_mlp
     total += (projections + 1) * hidden * part.mlp.size

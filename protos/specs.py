@@ -66,6 +66,11 @@ class ExpertSpec(msgspec.Struct, frozen=True, kw_only=True):
     group_best: int = 1
     scale: float = 1.0
     """Of the chosen experts' weights, after they are renormalized."""
+    biased: bool = False
+    """The router and the experts' projections have biases."""
+    limit: float = 0.0
+    """Gates are clamped to at most this, what they are multiplied by to [-limit, limit] and then
+    raised by 1 (gpt-oss); 0 = neither."""
     layers: tuple[int, ...]
 
 

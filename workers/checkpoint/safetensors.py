@@ -111,12 +111,15 @@ class SafetensorsFile:
             )
         return DTYPES[stored]
 
-    def read(self, name: str, rows: slice | None, columns: slice | None) -> TensorSlice:
+    def read(
+        self, name: str, rows: slice | None, columns: slice | None, entry: int | None = None
+    ) -> TensorSlice:
         """A view of the file; bfloat16 as its bits in uint16."""
         dtype, view = self.dtype(name)
         tensor = self.tensors[name]
         raw = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
-        part = rectangle(raw.view(view).reshape(tensor.shape), rows, columns)
+        whole = raw.view(view).reshape(tensor.shape)
+        part = rectangle(whole if entry is None else whole[entry], rows, columns)
         return TensorSlice(np.require(part, requirements="A"), dtype)
 
 

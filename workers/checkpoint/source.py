@@ -55,9 +55,16 @@ class Checkpoint(Protocol):
         """The dtype that `read` gives: "float32", "float16" or "bfloat16"."""
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
-        """A rectangle of a two-dimensional tensor, or `rows` of a one-dimensional one."""
+        """A rectangle of a two-dimensional tensor, or `rows` of a one-dimensional one.
+
+        With `entry`, of that tensor of a stack.
+        """
 
 
 class SafetensorsCheckpoint:
@@ -90,12 +97,16 @@ class SafetensorsCheckpoint:
         return self._file(name).dtype(name)[0]
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
         """A read-only view of the file."""
         file = self._file(name)
-        _check_readable(self.path.name, name, self.shape(name))
-        return file.read(name, rows, columns)
+        _check_readable(self.path.name, name, self.shape(name), entry)
+        return file.read(name, rows, columns, entry)
 
 
 class GgufCheckpoint:
@@ -127,15 +138,24 @@ class GgufCheckpoint:
         return _GGUF_DTYPES.get(self.file.tensors[name].type.name, "float32")
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
         """A new float32 array, or a read-only view of the file for F32, F16 and BF16."""
-        _check_readable(self.path.name, name, self.shape(name))
+        if entry is not None:
+            raise ModelError(f"{self.path.name}: stacks as {name!r} are not read from GGUF files")
+        _check_readable(self.path.name, name, self.shape(name), None)
         return TensorSlice(self.file.read(name, rows, columns), self.dtype(name))
 
 
-def _check_readable(file: str, name: str, shape: tuple[int, ...]) -> None:
-    if not 1 <= len(shape) <= 2:
+def _check_readable(file: str, name: str, shape: tuple[int, ...], entry: int | None) -> None:
+    if entry is not None:
+        if not 2 <= len(shape) <= 3 or not 0 <= entry < shape[0]:
+            raise ModelError(f"{file}: tensor {name!r} has shape {shape}, no stack with a {entry}")
+    elif not 1 <= len(shape) <= 2:
         raise ModelError(f"{file}: tensor {name!r} has shape {shape}; 1-D and 2-D are supported")
 
 

@@ -190,6 +190,6 @@ def _mlp(
     if model.block == "single":
         return NoMLP()
     if model.experts is not None and model.has_experts(layer):
-        return ExpertsMLP(model, model.experts, part, names, *place, reduce=reduce)
+        return ExpertsMLP(model, model.experts, part, names, *place, layouts=layouts, reduce=reduce)
     kind = GatedMLP if model.gated_mlp else PlainMLP
     return kind(model, part.mlp, names, *place, layouts=layouts, reduce=reduce)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,14 @@ from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import RankCut, Span
 from phalanx.protos.specs import DecoderSpec, ExpertSpec
 from phalanx.workers.loading.pieces import Piece
+from phalanx.workers.models.layout import NO_LAYOUTS, PLAIN, Layout, Layouts
 from phalanx.workers.models.registry import LayerNames
 from phalanx.workers.parallel import TensorParallel
 
 from .linear import ColumnParallelLinear, Output, RowParallelLinear
+
+_Stored = tuple[str, str | None, Layout]
+"""Weight, bias and their layout."""
 
 
 class ExpertsMLP:
@@ -33,13 +39,14 @@ class ExpertsMLP:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        layouts: Layouts = NO_LAYOUTS,
         reduce: bool = True,
     ) -> None:
         self._backend, self._activation = backend, model.activation
         self._group, self._reduce = group, reduce
         self._experts = experts
         hidden = model.hidden_size
-        every = [Output(names.router, Span(0, experts.num_experts))]
+        every = [Output(names.router, Span(0, experts.num_experts), names.router_bias)]
         self.router = ColumnParallelLinear(hidden, every, dtype, device, exact=True)
         self._pieces: list[Piece] = []
         self._correction: Tensor | None = None
@@ -50,22 +57,27 @@ class ExpertsMLP:
         self.gate_up: list[ColumnParallelLinear] = []
         self.down: list[RowParallelLinear] = []
 
-        def add(columns: Span, gate: str, up: str, down: str) -> None:
-            both = [Output(gate, columns), Output(up, columns)]
+        def add(columns: Span, gate: _Stored, up: _Stored, down: _Stored) -> None:
+            both = [Output(name, columns, bias, layout=layout) for name, bias, layout in (gate, up)]
             self.gate_up.append(ColumnParallelLinear(hidden, both, dtype, device))
+            weight, bias, layout = down
             self.down.append(
-                RowParallelLinear(down, columns, hidden, group, dtype, device, reduce=False)
+                RowParallelLinear(
+                    *(weight, columns, hidden, group, dtype, device, bias),
+                    layout=layout,
+                    reduce=False,
+                )
             )
 
-        stored = (names.expert_gate, names.expert_up, names.expert_down)
         for expert in range(experts.num_experts):
-            add(part.experts, *(name.replace("{expert}", str(expert)) for name in stored))
+            add(part.experts, *_stored(names, layouts, expert))
         self.shared_router: ColumnParallelLinear | None = None
         if experts.shared_size:
             if experts.shared_gated:
                 one = [Output(names.shared_router, Span(0, 1))]
                 self.shared_router = ColumnParallelLinear(hidden, one, dtype, device, exact=True)
-            add(part.shared, names.shared_gate, names.shared_up, names.shared_down)
+            shared = (names.shared_gate, names.shared_up, names.shared_down)
+            add(part.shared, *((name, None, PLAIN) for name in shared))
 
     @property
     def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
@@ -96,7 +108,27 @@ class ExpertsMLP:
         return self._group.all_reduce(total) if self._reduce else total
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        return self.down[expert](self._backend.gated(self.gate_up[expert](x), self._activation))
+        gate_up = self.gate_up[expert](x)
+        if limit := self._experts.limit:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate_up = torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit) + 1], dim=-1)
+        return self.down[expert](self._backend.gated(gate_up, self._activation))
+
+
+def _stored(names: LayerNames, layouts: Layouts, expert: int) -> tuple[_Stored, _Stored, _Stored]:
+    """Where a checkpoint holds an expert's gate, up and down projections."""
+
+    def stored(role: str, weight: str, bias: str | None) -> _Stored:
+        layout = layouts.get(role, PLAIN)
+        if layout.entry is not None:
+            layout = replace(layout, entry=expert)
+        return weight.replace("{expert}", str(expert)), bias, layout
+
+    return (
+        stored("expert_gate", names.expert_gate, names.expert_gate_bias),
+        stored("expert_up", names.expert_up, names.expert_up_bias),
+        stored("expert_down", names.expert_down, names.expert_down_bias),
+    )
 
 
 def choose(

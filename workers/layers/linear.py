@@ -124,7 +124,7 @@ class RowParallelLinear:
         self.bias = None
         if bias is not None:
             self.bias = torch.zeros(out_features, dtype=dtype, device=device)
-            self.pieces.append(Piece(bias, self.bias))
+            self.pieces.append(Piece(bias, self.bias, layout=Layout(entry=layout.entry)))
         self._run: PackedLinear | None = None
 
     def pack(self, backend: LinearPacker) -> None:

@@ -108,20 +108,26 @@ def _fill_piece(piece: Piece, checkpoint: Source, permuted_heads: bool) -> Itera
 def _read(piece: Piece, checkpoint: Source, start: int, stop: int) -> TensorSlice:
     """Rows [start, stop) of the projection, from where its layout says that they lie."""
     columns = None if piece.columns is None else slice(*piece.columns)
-    flipped = piece.layout.transposed and piece.target.dim() > 1
+    layout = piece.layout
+    flipped = layout.transposed and piece.target.dim() > 1
+    runs, step = layout.runs(start, stop), 1
+    if layout.run == 1:  # single rows at equal distances: one read of all, and what is between
+        runs, step = [(runs[0][0], runs[-1][1])], layout.stride
     parts = []
-    for first, last in piece.layout.runs(start, stop):
+    for first, last in runs:
         rows = slice(first, last)
-        cut = (columns, rows) if flipped else (rows, columns)
-        parts.append(checkpoint.read(piece.source, *cut))
-    arrays = [part.array.T if flipped else part.array for part in parts]
+        down, across = (columns, rows) if flipped else (rows, columns)
+        parts.append(checkpoint.read(piece.source, down, across, layout.entry))
+    arrays = [(part.array.T if flipped else part.array)[::step] for part in parts]
     array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     return TensorSlice(array, parts[0].dtype)
 
 
 def _check_shape(piece: Piece, shape: tuple[int, ...]) -> None:
     """The tensor holds the rows and columns asked for, and no others where all are taken."""
-    target = piece.target.shape
+    target, stored = piece.target.shape, shape
+    if piece.layout.entry is not None:
+        shape = shape[1:]
     sizes = shape[::-1] if piece.layout.transposed else shape
     cuts = [piece.rows or Span(0, target[0]), piece.columns or Span(0, target[-1])][: len(sizes)]
     fits = len(shape) == len(target) and [cut.size for cut in cuts] == list(target)
@@ -134,7 +140,7 @@ def _check_shape(piece: Piece, shape: tuple[int, ...]) -> None:
         fits &= piece.columns is not None or len(sizes) < 2 or target[1] == sizes[1]
     if not fits:
         raise ModelError(
-            f"tensor {piece.source!r} has shape {shape}; the model cuts rows {piece.rows}, "
+            f"tensor {piece.source!r} has shape {stored}; the model cuts rows {piece.rows}, "
             f"columns {piece.columns} into {tuple(target)}"
         )
 

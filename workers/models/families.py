@@ -153,6 +153,12 @@ FAMILIES = {
     "mixtral": FamilyRecord(
         module="mixtral", models="Mixtral 8x7B, 8x22B", architectures=("MixtralForCausalLM",)
     ),
+    "gpt_oss": FamilyRecord(
+        module="gptoss",
+        models="gpt-oss 20B, 120B, in bfloat16",
+        architectures=("GptOssForCausalLM",),
+        limits="not as released, in MXFP4",
+    ),
     "deepseek": FamilyRecord(
         module="deepseek",
         models="DeepSeek-V2, V2.5, V2-Lite, V3, R1, in bfloat16",

@@ -15,7 +15,8 @@ class Layout:
 
     Row r of the projection is row `offset + (r // run) * stride + r % run` of the tensor; a `run`
     of 0 is one run without end. A `transposed` tensor is stored [in, out]. `shift` is added to
-    every value. `heads_as_rows`: a row is a head, [heads, head_dim].
+    every value. `heads_as_rows`: a row is a head, [heads, head_dim]. With an `entry`, the tensor is
+    that one of a stack; the layouts of experts say 0, and each takes its own.
     """
 
     offset: int = 0
@@ -24,6 +25,7 @@ class Layout:
     transposed: bool = False
     shift: float = 0.0
     heads_as_rows: bool = False
+    entry: int | None = None
 
     def runs(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The tensor's rows [first, last) that hold rows [start, stop) of the projection."""

@@ -85,6 +85,10 @@ class LayerNames:
     state_bias: str | None = None
     """Of the projections into a state space."""
     conv_bias: str | None = None
+    router_bias: str | None = None
+    expert_gate_bias: str | None = None
+    expert_up_bias: str | None = None
+    expert_down_bias: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

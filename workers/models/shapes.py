@@ -132,7 +132,7 @@ def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layo
         latent = spec.latent
         parts = _attention(spec, layer) if latent is None else _latent(spec, latent, layer)
     if spec.has_experts(index):
-        parts += _experts(spec, layer)
+        parts += _experts(spec, layer, layouts)
     elif spec.block != "single":
         if spec.gated_mlp:
             parts.append(("gate", layer.gate, layer.gate_bias, inner, hidden))
@@ -145,21 +145,37 @@ def _projections(spec: DecoderSpec, layer: LayerNames, index: int, layouts: Layo
         found[weight] = (columns, rows) if transposed else (rows, columns)
         if bias is not None:
             found[bias] = (rows,)
+    count = spec.experts.num_experts if spec.experts else 1
+    for name in _stacked(parts, layouts):
+        found[name] = (count, *found[name])
     if spec.experts is not None and spec.experts.corrected and spec.has_experts(index):
         found[layer.router_correction] = (spec.experts.num_experts,)
     return found
 
 
-def _experts(spec: DecoderSpec, layer: LayerNames) -> list[Part]:
+def _stacked(parts: list[Part], layouts: Layouts) -> set[str]:
+    """The tensors that hold one projection of every expert."""
+    stacked = [part for part in parts if layouts.get(part[0], PLAIN).entry is not None]
+    return {name for part in stacked for name in part[1:3] if name is not None}
+
+
+def _experts(spec: DecoderSpec, layer: LayerNames, layouts: Layouts) -> list[Part]:
     if spec.experts is None:
         return []
     hidden, inner = spec.hidden_size, spec.experts.intermediate_size
-    parts: list[Part] = [("router", layer.router, None, spec.experts.num_experts, hidden)]
-    for expert in range(spec.experts.num_experts):
-        for role, name in (("expert_gate", layer.expert_gate), ("expert_up", layer.expert_up)):
-            parts.append((role, name.replace("{expert}", str(expert)), None, inner, hidden))
-        name = layer.expert_down.replace("{expert}", str(expert))
-        parts.append(("expert_down", name, None, hidden, inner))
+    count, router = spec.experts.num_experts, layer.router
+    parts: list[Part] = [("router", router, layer.router_bias, count, hidden)]
+    each: list[Part] = [
+        ("expert_gate", layer.expert_gate, layer.expert_gate_bias, inner, hidden),
+        ("expert_up", layer.expert_up, layer.expert_up_bias, inner, hidden),
+        ("expert_down", layer.expert_down, layer.expert_down_bias, hidden, inner),
+    ]
+    if layouts.get("expert_down", PLAIN).entry is not None:
+        parts += each
+    else:
+        for expert in map(str, range(count)):
+            for role, name, _, rows, columns in each:
+                parts.append((role, name.replace("{expert}", expert), None, rows, columns))
     if shared := spec.experts.shared_size:
         if spec.experts.shared_gated:
             parts.append(("shared_router", layer.shared_router, None, 1, hidden))

@@ -38,9 +38,14 @@ class Memory:
         return "float32"
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
-        part = rectangle(self._tensors[name], rows, columns)
+        whole = self._tensors[name]
+        part = rectangle(whole if entry is None else whole[entry], rows, columns)
         self.elements += part.size
         return TensorSlice(part, "float32")
 
@@ -137,6 +142,23 @@ def test_heads_may_be_rows() -> None:
     assert target.tolist() == whole[1:3][:, [0, 2, 1, 3, 4, 5]].tolist()
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 200])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_other_column_of_one_tensor_of_a_stack(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, offset: int
+) -> None:
+    monkeypatch.setattr(assign, "CHUNK_ELEMENTS", chunk)
+    stack, biases = numbered(3, 4, 10), numbered(3, 10)
+    layout = Layout(offset=offset, run=1, stride=2, transposed=True, entry=2)
+    weight, bias = torch.empty(3, 4), torch.empty(3)
+    model = OneStage(
+        Piece("w", weight, Span(2, 5), layout=layout), Piece("b", bias, Span(2, 5), layout=layout)
+    )
+    assert assign.fill(model, Memory(w=stack, b=biases), permuted_heads=False) == []
+    np.testing.assert_array_equal(weight.numpy(), stack[2, :, 4 + offset :: 2].T)
+    np.testing.assert_array_equal(bias.numpy(), biases[2, 4 + offset :: 2])
+
+
 def test_a_shift_is_added_before_rounding() -> None:
     target = torch.empty(3, dtype=torch.bfloat16)
     stored = np.array([1.0009765625, 2.0, 0.5], np.float32)
@@ -155,6 +177,8 @@ def test_a_shift_is_added_before_rounding() -> None:
         ((8, 5), Span(0, 2), None, Layout()),
         ((3, 4), None, None, Layout()),
         ((8,), Span(0, 2), None, Layout()),
+        ((2, 4), None, None, Layout(entry=0)),
+        ((5, 3, 4), None, None, Layout(entry=0)),
     ],
 )
 def test_a_tensor_that_does_not_hold_the_cut_is_refused(
