@@ -224,12 +224,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         LLAMA | QWEN_EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [1]},
     ),
-    "gpt_oss": (
-        "GptOssConfig",
-        LLAMA | EXPERTS | {"num_hidden_layers": 3, "sliding_window": 9, "head_dim": 10,
-                           "intermediate_size": 33, "swiglu_limit": 0.7,
-                           "num_experts_per_tok": 3, "rope_parameters": YARN | {"truncate": False}},
-    ),
+    "gpt_oss": ("GptOssConfig", LLAMA | EXPERTS | {
+        "num_hidden_layers": 3, "head_dim": 10, "sliding_window": 9, "swiglu_limit": 0.7,
+        "rope_parameters": YARN | {"truncate": False}}),
     "deepseek-v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": (
         "DeepseekV2Config",
