@@ -30,9 +30,13 @@ class Source(Protocol):
         """Row-major shape."""
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
-        """A rectangle of a matrix, or rows of a vector."""
+        """A rectangle of a matrix, or rows of a vector; with `entry`, of that one of a stack."""
 
 
 class Loadable(Protocol):

@@ -107,12 +107,17 @@ class DrawnCheckpoint:
         return self._shapes[name]
 
     def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
+        self,
+        name: str,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        entry: int | None = None,
     ) -> TensorSlice:
         """A rectangle in float32."""
         if self._last[0] != name:
             self._last = (name, self._draw(name))
-        array = self._last[1][rows or slice(None)]
+        whole = self._last[1] if entry is None else self._last[1][entry]
+        array = whole[rows or slice(None)]
         return TensorSlice(array if columns is None else array[:, columns], "float32")
 
     def _draw(self, name: str) -> Array:
