@@ -196,5 +196,5 @@ def _bars(axes: Any, figures: Figures, workload: Workload) -> None:
         axes.text(values[-1], place, f"  {_large(median)}", va="center")
     less = " (less is better)" if workload.metric == FIRST else ""
     axes.set(title=workload.title, xlabel=f"{workload.metric}{less}")
-    axes.margins(x=0.15)
+    axes.margins(x=0.22)
     axes.grid(axis="x", alpha=0.3)
