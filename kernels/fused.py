@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from .interface import AttentionPlan, AttentionSpec, KernelBackend, PackedLinear
@@ -23,6 +24,18 @@ class HeadNorms(NamedTuple):
     key: Tensor  # [D] or [K, D]
     eps: float
     offset: float = 0.0
+
+
+@runtime_checkable
+class PoolArranger(Protocol):
+    """A backend that lays out KV pools in a way of its own."""
+
+    def arrange_pools(
+        self, keys: Tensor, values: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The memory of a layer's plain pools [K, blocks, block_size, D] as this backend's
+        `store_kv` and `paged_attention` want it, for queries of `dtype`. A head's block stays one
+        contiguous run."""
 
 
 @runtime_checkable

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from phalanx.kernels.fused import PoolArranger
 from phalanx.kernels.int8 import pool_width
+from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import Stage, StateCut, convolved_channels
 from phalanx.protos.specs import CacheSpec, DecoderSpec, StateSpec
 from phalanx.protos.steps import BlockCopy
@@ -26,9 +28,9 @@ class LayerState(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim];
-    in int8, with the bytes of a scale behind every head_dim levels. A layer
-    that has states in place of them has empty ones."""
+    """Keys and values of one layer, each [local kv heads, num_blocks, block_size, head_dim] or as
+    the kernels arrange that memory; in int8, with the bytes of a scale behind every head_dim
+    levels. A layer that has states in place of them has empty ones."""
 
     key: Tensor
     value: Tensor
@@ -72,15 +74,18 @@ class PagedCache:
         head_dim: int,
         device: torch.device,
         spare_blocks: int = 0,
+        arrange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """spare_blocks: so many behind those of `spec`, which no plan names."""
+        """spare_blocks: so many behind those of `spec`, which no plan names. arrange: how the
+        kernels want the pools of a layer."""
         dtype = getattr(torch, spec.dtype)
         width = pool_width(head_dim, dtype)
         blocks = spec.num_blocks + spare_blocks
         shape = (num_layers, 2, kv_heads, blocks, spec.block_size, width)
         # zeros, not empty: a masked position must never turn stale bits into NaN
         self._pool = _zeros(shape, dtype, device)
-        self.layers = [LayerCache(layer[0], layer[1]) for layer in self._pool]
+        arrange = arrange or (lambda keys, values: (keys, values))
+        self.layers = [LayerCache(*arrange(layer[0], layer[1])) for layer in self._pool]
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +106,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def pool_arrangement(
+    backend: KernelBackend, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """How a backend wants the pools that queries of `dtype` read; None = plain."""
+    if not isinstance(backend, PoolArranger):
+        return None
+    return lambda keys, values: backend.arrange_pools(keys, values, dtype)
 
 
 def layer_caches(

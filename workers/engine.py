@@ -24,7 +24,7 @@ from phalanx.protos.steps import (
 )
 
 from .batch import UNKNOWN, Batch, BatchBuilder, SequenceState
-from .cache import PagedCache, StatePool, layer_caches
+from .cache import PagedCache, StatePool, layer_caches, pool_arrangement
 from .checks import check_ids
 from .decoder import Decoder
 from .graphs.device import Recorder
@@ -85,6 +85,7 @@ class Engine:
             model.head_dim,
             self._device,
             spare_blocks=self._recorder is not None,
+            arrange=pool_arrangement(backend, dtype),
         )
         self._states: StatePool | None = None
         if model.state is not None and part.state is not None:

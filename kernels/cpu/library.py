@@ -14,6 +14,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8 = 2
 POOL_TYPES = TYPES | {torch.int8: INT8}
 """And those of KV pools."""
+PANELS = 3
+"""What it calls a bfloat16 pool in panels (native/panels.inl)."""
 
 
 class Spans(ctypes.Structure):
@@ -144,7 +146,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_rms_norm": (None, [_P, _P, _P, _P, _T, c_float, c_float, _L, _L, _P]),
     "phx_silu_mul": (None, [_P, _P, _T, _L, _L, _P]),
     "phx_rope": (None, [_P, _P, _L, _P, _P, _T, _L, _L, _L, _L, _P]),
-    "phx_store": (None, [_P, _P, _L, _T, _P, _T, _L, _P, _L, _L, _L]),
+    "phx_store": (None, [_P, _P, _L, _T, _P, _T, _L, _L, _T, _P, _L, _L, _L]),
     "phx_attention": (None, [_P, POINTER(Attention), POINTER(Spans)]),
     "phx_stack_bytes": (_L, [POINTER(Stack), _L]),
     "phx_run_stack": (_L, [_P, POINTER(Stack), POINTER(Step), POINTER(Segment), _L, _L]),

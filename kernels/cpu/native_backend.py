@@ -17,8 +17,9 @@ from phalanx.kernels.fused import PlainStack, Reduction, StackProgram
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 
 from .backend import CpuBackend
-from .library import MOST_GROUP, POOL_TYPES, TYPES, Attention, load_library
+from .library import MOST_GROUP, TYPES, Attention, load_library
 from .linear import NativeInt8Linear, NativeLinear
+from .panels import as_panels, block_tokens, from_panels, in_panels, pool_type
 from .spans import NativePlan
 from .stack import NativeStack, can_run
 
@@ -130,11 +131,14 @@ class NativeBackend(CpuBackend):
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
     ) -> None:
         """Whole rows, straight from the projection."""
-        known = key.dtype in TYPES and key_pool.dtype in POOL_TYPES
+        if in_panels(key_pool):
+            key, value = _side_by_side(key.bfloat16()), _side_by_side(value.bfloat16())
+        known = key.dtype in TYPES and pool_type(key_pool) is not None
         if not known or not (_dense(key) and _dense(value)) or not key_pool.is_contiguous():
             return super().store_kv(key, value, key_pool, value_pool, slots)
         tokens, kv_heads, dim = key.shape
         head_stride = key_pool.stride(0)
+        block_size = block_tokens(key_pool)
         for source, pool in ((key, key_pool), (value, value_pool)):
             self.library.phx_store(
                 self.handle,
@@ -142,14 +146,22 @@ class NativeBackend(CpuBackend):
                 source.stride(0),
                 TYPES[source.dtype],
                 pool.data_ptr(),
-                POOL_TYPES[pool.dtype],
+                pool_type(pool),
                 head_stride,
+                block_size,
+                source is key,
                 slots.data_ptr(),
                 tokens,
                 kv_heads,
                 dim,
             )
         return None
+
+    def arrange_pools(
+        self, keys: Tensor, values: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """In panels, if what is multiplied with them is bfloat16 as well."""
+        return as_panels(keys, values) if dtype is torch.bfloat16 else (keys, values)
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """The spans as arrays."""
@@ -167,8 +179,12 @@ class NativeBackend(CpuBackend):
         if not isinstance(plan, NativePlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
         kv_heads, heads = key_pool.shape[0], query.shape[1]
-        known = query.dtype in TYPES and key_pool.dtype in POOL_TYPES
+        known = query.dtype in TYPES and pool_type(key_pool) is not None
+        if in_panels(key_pool) and query.dtype is not torch.bfloat16:
+            known = False
         if not known or heads > MOST_GROUP * kv_heads or not _dense(query):
+            if in_panels(key_pool):
+                key_pool, value_pool = from_panels(key_pool, value_pool)
             torch_plan = super().plan_attention(plan.spans, plan.block_size)
             return super().paged_attention(query, key_pool, value_pool, torch_plan, spec)
         output = torch.empty(query.shape, dtype=query.dtype)
@@ -180,12 +196,12 @@ class NativeBackend(CpuBackend):
             kv_heads=kv_heads,
             dim=query.shape[2],
             type=TYPES[query.dtype],
-            pool_type=POOL_TYPES[key_pool.dtype],
+            pool_type=pool_type(key_pool),
             keys=key_pool.data_ptr(),
             values=value_pool.data_ptr(),
             head_stride=key_pool.stride(0),
             block_size=plan.block_size,
-            row=key_pool.shape[3],
+            row=query.shape[2] if in_panels(key_pool) else key_pool.shape[3],
             scale=spec.scale,
             softcap=spec.softcap,
             window=spec.window,
@@ -207,6 +223,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _row_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether the library knows the dtype, and `weight` is one row for all of x."""
     return x.dtype in TYPES and weight.dtype is x.dtype and weight.dim() == 1
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    return heads if _dense(heads) else heads.contiguous()
 
 
 def _dense(heads: Tensor) -> bool:

@@ -24,6 +24,7 @@ from .library import (
     Step,
 )
 from .linear import PackedWeight
+from .panels import block_tokens, in_panels, pool_type
 from .spans import NativePlan
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _is_known(layer: PlainLayer, first: PlainLayer) -> bool:
         and all(isinstance(linear, PackedWeight) for linear in linears)
         and all(_types(linear) == _types(model) for linear in linears)
         and all(each.dtype in POOL_TYPES and each.is_contiguous() for each in pools)
-        and all(each.shape == pool.shape and each.dtype is pool.dtype for each in pools)
+        and all(each.dtype is pool.dtype and each.dim() == pool.dim() for each in pools)
+        and all(each.stride(1) == pool.stride(1) for each in pools)
     )
 
 
@@ -82,10 +84,10 @@ class NativeStack:
             dim=stack.head_dim,
             inner=stack.intermediate_size,
             type=TYPES[self._dtype],
-            pool_type=POOL_TYPES[pool.dtype],
+            pool_type=pool_type(pool),
             head_stride=pool.stride(0),
-            block_size=pool.shape[2],
-            row=pool.shape[3],
+            block_size=block_tokens(pool),
+            row=stack.head_dim if in_panels(pool) else pool.shape[3],
             scale=spec.scale,
             softcap=spec.softcap,
             eps=stack.norm_eps,

@@ -223,18 +223,26 @@ PHX_EXPORT void phx_rope(Backend* b, const void* heads, int64_t stride, const vo
     });
 }
 
-// key or value [rows, kv_heads, dim], `stride` elements between rows, into the pool's slots; of an
-// int8 pool, with their scales.
+// keys (is_key) or values [rows, kv_heads, dim], `stride` elements between rows, into the pool's
+// slots; of an int8 pool, with their scales.
 PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_t type, void* pool,
-                          int32_t pool_type, int64_t head_stride, const int64_t* slots,
-                          int64_t rows, int64_t kv_heads, int64_t dim) {
+                          int32_t pool_type, int64_t head_stride, int64_t block_size,
+                          int32_t is_key, const int64_t* slots, int64_t rows, int64_t kv_heads,
+                          int64_t dim) {
     Turn turn(b->busy);
+    auto* word = (bf16*)b->rows.get(dim * 2);
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t head = 0; head < kv_heads; head++) {
             const char* in = (const char*)source + (row * stride + head * dim) * type_bytes(type);
             if (pool_type == kInt8) {
                 int64_t at = head * head_stride + slots[row] * (dim + kScaleBytes);
                 store_levels(*b->isa, in, type, dim, (int8_t*)pool + at);
+                continue;
+            }
+            if (pool_type == kPanels) {
+                b->isa->convert(in, type, dim, word, kBf16);
+                auto* own = (uint16_t*)pool + head * head_stride;
+                store_in_panels(word, dim, is_key, own, block_size, slots[row]);
                 continue;
             }
             int64_t at = head * head_stride + slots[row] * dim;

@@ -124,10 +124,12 @@ static void multiply_rows(int64_t rows, const void* x_any, int64_t x_stride, con
         step = next_rows(rows - row);
         if (onto) {  // out_stride is the panel's width: the sums are updated where they stand
             const Word* from = x + row * x_stride;
-            tile_of<Words>(step, from, x_stride, panel, units, out + row * kPanel, true);
+            tile_of<Words>(step, from, x_stride, panel, units, out + row * kPanel, true,
+                           Errand{(const char*)panel, 0});
             continue;
         }
-        tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, sums, false);
+        tile_of<Words>(step, x + row * x_stride, x_stride, panel, units, sums, false,
+                       Errand{(const char*)panel, 0});
         for (int64_t r = 0; r < step; r++) {
             std::memcpy(out + (row + r) * out_stride, sums + r * kPanel, kPanel * 4);
         }
@@ -182,77 +184,4 @@ static void attend_tile(const Attention& call, const Tile& tile, const Tile& nex
                sums, rows, slices);
     }
     mix_values(call, tile, next, s, rows);
-}
-
-// What a row's sums are multiplied by: 1 / all weights, the sink's among them.
-static float output_factor(const Attention& call, int64_t head, float peak, float weight) {
-    if (!call.sinks) return 1.0f / weight;
-    float sink = call.sinks[head], top = sink > peak ? sink : peak;
-    float scale = exponential(peak - top);
-    return scale / (weight * scale + exponential(sink - top));
-}
-
-static void write_output(const Attention& call, const AttentionScratch& s, const Row* places,
-                         int64_t rows, int64_t first_token, int64_t group) {
-    for (int64_t r = 0; r < rows; r++) {
-        float factor = output_factor(call, places[r].head, s.peak[rows + r], s.weight[rows + r]);
-        int64_t at = ((first_token + r / group) * call.heads + places[r].head) * call.dim;
-        for (int64_t d = 0; d < call.dim; d += kPanel) {
-            float* sums = s.total + (d / kPanel * rows + r) * kPanel;
-            for (int64_t i = 0; i < kPanel; i += kWidth) {
-                store(sums + i, mul(load(sums + i), set1(factor)));
-            }
-            char* out = (char*)element(call.output, call.type, at + d);
-            convert(sums, kFloat, least(kPanel, call.dim - d), out, call.type);
-        }
-    }
-}
-
-// Fills the queries, places and empty sums of a unit; returns its rows.
-static int64_t begin_unit(const Attention& call, const Spans& spans, const AttentionUnit& unit,
-                          const AttentionScratch& s, Row* places) {
-    int64_t group = call.heads / call.kv_heads, rows = (unit.end - unit.begin) * group;
-    int64_t units = key_units(call), padded = round_up(call.dim, kPanel);
-    int64_t offset = spans.length[unit.span] - spans.num_query[unit.span];
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t token = unit.begin + r / group, head = unit.head * group + r % group;
-        places[r] = {offset + token, head};
-        int64_t at = (spans.start[unit.span] + token) * call.query_stride + head * call.dim;
-        uint32_t* place = s.query + r * units;
-        const char* query = element(call.query, call.type, at);
-        const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
-        if (words != place) std::memcpy(place, words, units * 4);
-        s.peak[r] = s.peak[rows + r] = -1e30f;
-        s.weight[r] = s.weight[rows + r] = 0.0f;
-    }
-    std::memset(s.part, 0, rows * padded * 4);
-    std::memset(s.total, 0, rows * padded * 4);
-    return rows;
-}
-
-// `after` is the unit that this thread does next, or null.
-static void attention(const Attention& call, const Spans& spans, const AttentionUnit& unit,
-                      const AttentionUnit* after, void* scratch) {
-    AttentionScratch s;
-    attention_layout(call, &s, (char*)scratch);
-    Row places[kMostGroup];
-    int64_t rows = begin_unit(call, spans, unit, s, places);
-    int64_t slices = (call.dim + kPanel - 1) / kPanel;
-    Pages pages{call, spans.blocks + spans.first[unit.span], unit.head};
-    Reach reach(call, spans, unit);
-    Tile tile = first_tile(call, spans, unit);
-    for (int64_t begin = reach.begin; begin < reach.end; begin += kKeys) {
-        int64_t stop = begin + kKeys;
-        Tile next;
-        if (stop < reach.end) {
-            next = Tile(pages, stop, least(stop + kKeys, reach.end));
-        } else if (after) {
-            next = first_tile(call, spans, *after);
-        }
-        attend_tile(call, tile, next, s, places, rows);
-        if (stop % kPartition == 0 || stop >= reach.end) close_partition(s, rows, slices);
-        tile = next;
-    }
-    write_output(call, s, places, rows, spans.start[unit.span] + unit.begin,
-                 call.heads / call.kv_heads);
 }

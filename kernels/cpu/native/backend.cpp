@@ -72,8 +72,16 @@ void multiply_panels(const Isa& isa, const Matrix& matrix, const Operand& operan
 void multiply(Backend& backend, Team& team, const Matrix& matrix, const Operand& operand,
               int64_t rows, void* out, int64_t out_stride, int32_t out_type) {
     if (rows == 0) return;
+    constexpr int64_t kRows = 192;  // rows that stay in a core's cache while panels pass by
+    int64_t in_bytes = operand.stride * type_bytes(matrix.type);
+    int64_t out_bytes = out_stride * type_bytes(out_type);
     team.split(matrix.panels, 1, [&](int64_t begin, int64_t end) {
-        multiply_panels(*backend.isa, matrix, operand, rows, out, out_stride, out_type, begin, end);
+        for (int64_t row = 0; row < rows; row += kRows) {
+            const float* scales = operand.scales ? operand.scales + row : nullptr;
+            Operand part{(const char*)operand.x + row * in_bytes, scales, operand.stride};
+            multiply_panels(*backend.isa, matrix, part, least(kRows, rows - row),
+                            (char*)out + row * out_bytes, out_stride, out_type, begin, end);
+        }
     });
 }
 

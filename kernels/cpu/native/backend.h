@@ -67,6 +67,17 @@ inline void store_levels(const Isa& isa, const void* x, int32_t type, int64_t di
     std::memcpy(out + dim, &scale, kScaleBytes);
 }
 
+// One token's key or value into panels of blocks (panels.inl); `pool` is where its head begins.
+inline void store_in_panels(const bf16* x, int64_t dim, bool is_key, uint16_t* pool,
+                            int64_t block_size, int64_t slot) {
+    int64_t offset = slot % block_size;
+    uint16_t* block = pool + slot / block_size * block_size * dim;
+    for (int64_t d = 0; d < dim; d++) {
+        int64_t word = is_key ? d / 2 * block_size + offset : offset / 2 * dim + d;
+        block[2 * word + (is_key ? d % 2 : offset % 2)] = x[d].bits;
+    }
+}
+
 // Fills `units`; then the team calls `attend`.
 void plan_units(const Attention& call, const Spans& spans, std::vector<AttentionUnit>& units);
 void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans);

@@ -42,8 +42,9 @@ constexpr int64_t kPartition = 512; // keys after which a fresh online softmax b
 constexpr int64_t kQueryRows = 48;  // query rows of one tile: tokens x heads, one token at least
 constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
 
-enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
-INLINE int64_t type_bytes(int32_t type) { return type == kFloat ? 4 : type == kBf16 ? 2 : 1; }
+// kPanels: a pool of bfloat16 whose blocks are laid out as attention reads them (panels.inl).
+enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2, kPanels = 3 };
+INLINE int64_t type_bytes(int32_t type) { return type == kFloat ? 4 : type == kInt8 ? 1 : 2; }
 
 // Activations are unsigned bytes, 128 standing for 0, as the products of bytes want one operand.
 constexpr int32_t kUnsigned = 128;

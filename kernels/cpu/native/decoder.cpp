@@ -106,8 +106,15 @@ struct Program {
         }
         bool is_key = head < turned;
         int64_t kv_head = head - (is_key ? stack.heads : turned);
-        int64_t place = kv_head * stack.head_stride + step.slots[row] * stack.row;
         char* pool = (char*)(is_key ? layer.keys : layer.values);
+        if (stack.pool_type == kPanels) {
+            bf16 word[kMostDim];
+            if (is_key) turn(in, layer.key_norm, row, (char*)word, kBf16);
+            else backend.isa->convert(in, kFloat, stack.dim, word, kBf16);
+            auto* own = (uint16_t*)pool + kv_head * stack.head_stride;
+            return store_in_panels(word, stack.dim, is_key, own, stack.block_size, step.slots[row]);
+        }
+        int64_t place = kv_head * stack.head_stride + step.slots[row] * stack.row;
         char* out = pool + place * type_bytes(stack.pool_type);
         if (stack.pool_type == kInt8) {
             float turned_key[kMostDim];

@@ -2,4 +2,6 @@
 #include "rows.inl"
 #include "pages.inl"
 #include "attention.inl"
+#include "panels.inl"
+#include "walk.inl"
 #include "table.inl"

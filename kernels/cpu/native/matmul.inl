@@ -11,7 +11,8 @@
 // A lane is an output and its sum runs over the inputs in order, whatever R is: a row's result
 // does not depend, to the last bit, on how many rows stand beside it or which thread computes
 // them. At R = 1 the loop is bound by the weights' way from memory: one stream, read in order,
-// with a prefetch far enough ahead to hide the latency.
+// with a prefetch far enough ahead to hide the latency. With several tiles of rows a panel is read
+// several times, from memory only once: each tile asks for its share of the panel to come.
 
 static constexpr int kVectors = (int)kPanel / kWidth;
 static constexpr int64_t kAhead = 2048 / 4;  // words; 2 KB, about 100 ns of one core's bandwidth
@@ -50,10 +51,18 @@ struct ByteWords {  // four int8 a word, added in int32
 INLINE void keep(float* p, V sum) { store(p, sum); }
 INLINE void keep(float* p, I sum) { std::memcpy(p, &sum, sizeof sum); }  // the integers' bits
 
+// What a tile asks memory for beside the lines just ahead of it in its panel, one place a unit: from
+// `place` on, `step` bytes apart.
+struct Errand {
+    const char* place;
+    int64_t step;
+};
+
 // sums [R, 32] = x [R, units] times a panel; added to what is there when `onto`.
 template <class Words, int R>
 static void tile(const typename Words::Word* x, int64_t x_stride,
-                 const typename Words::Word* panel, int64_t units, float* sums, bool onto) {
+                 const typename Words::Word* panel, int64_t units, float* sums, bool onto,
+                 Errand errand) {
     typename Words::Sum s[R][kVectors];
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < kVectors; v++) {
@@ -64,6 +73,7 @@ static void tile(const typename Words::Word* x, int64_t x_stride,
         const auto* row = panel + u * kPanel;
         __builtin_prefetch(row + kAhead);
         __builtin_prefetch(row + kAhead + 16);
+        __builtin_prefetch(errand.place + u * errand.step, 0, 2);
         typename Words::Weight w[kVectors];
         UNROLL for (int v = 0; v < kVectors; v++) w[v] = Words::weight(row + v * kWidth);
         UNROLL for (int r = 0; r < R; r++) {
@@ -79,10 +89,11 @@ static void tile(const typename Words::Word* x, int64_t x_stride,
 // Up to kMaxRows rows.
 template <class Words, int R = kMaxRows>
 static void tile_of(int64_t rows, const typename Words::Word* x, int64_t x_stride,
-                    const typename Words::Word* panel, int64_t units, float* sums, bool onto) {
+                    const typename Words::Word* panel, int64_t units, float* sums, bool onto,
+                    Errand errand) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<Words, R>(x, x_stride, panel, units, sums, onto);
-        return tile_of<Words, R - 1>(rows, x, x_stride, panel, units, sums, onto);
+        if (rows == R) return tile<Words, R>(x, x_stride, panel, units, sums, onto, errand);
+        return tile_of<Words, R - 1>(rows, x, x_stride, panel, units, sums, onto, errand);
     }
 }
 
@@ -91,6 +102,21 @@ INLINE int64_t next_rows(int64_t remaining) {
     int64_t tiles = (remaining + kMaxRows - 1) / kMaxRows;
     return (remaining + tiles - 1) / tiles;
 }
+
+// While the rows of a panel are worked through, each of their tiles fetches its share of the panel
+// behind it. A lone tile reads on and on: nothing but what is just ahead.
+struct Fetching {
+    const char* panel;
+    int64_t units, tiles, index = 0;
+
+    Fetching(const void* panel, int64_t units, int64_t rows)
+        : panel((const char*)panel), units(units), tiles((rows + kMaxRows - 1) / kMaxRows) {}
+    Errand next() {
+        if (tiles == 1) return {panel, 0};
+        int64_t step = (kPanel * 4 + tiles - 1) / tiles, done = index++ * units * step;
+        return {panel + units * kPanel * 4 + done, step};
+    }
+};
 
 template <class Out>
 static void finish_row(const float* sums, const float* bias, int64_t count, Out* out) {
@@ -112,9 +138,11 @@ static void matmul_typed(const Matrix& m, const void* x_any, int64_t x_stride, i
     for (int64_t p = begin; p < end; p++) {
         const Word* panel = (const Word*)m.data + p * m.units * kPanel;
         int64_t first = p * kPanel, count = least(kPanel, m.out - first);
+        Fetching fetching(panel, m.units, rows);
         for (int64_t row = 0, step; row < rows; row += step) {
             step = next_rows(rows - row);
-            tile_of<Words>(step, x + row * x_stride, x_stride, panel, m.units, sums, false);
+            tile_of<Words>(step, x + row * x_stride, x_stride, panel, m.units, sums, false,
+                           fetching.next());
             for (int64_t r = 0; r < step; r++) {
                 Out* place = out + (row + r) * out_stride + first;
                 finish_row(sums + r * kPanel, m.bias + first, count, place);
@@ -151,10 +179,12 @@ static void matmul_int8_typed(const Matrix& m, const uint8_t* x, int64_t x_strid
     for (int64_t p = begin; p < end; p++) {
         const uint32_t* panel = m.data + p * m.units * kPanel;
         int64_t first = p * kPanel, count = least(kPanel, m.out - first);
+        Fetching fetching(panel, m.units, rows);
         for (int64_t row = 0, step; row < rows; row += step) {
             step = next_rows(rows - row);
             const uint32_t* words = (const uint32_t*)(x + row * x_stride);
-            tile_of<ByteWords>(step, words, x_stride / 4, panel, m.units, sums, false);
+            tile_of<ByteWords>(step, words, x_stride / 4, panel, m.units, sums, false,
+                               fetching.next());
             for (int64_t r = 0; r < step; r++) {
                 float* s = sums + r * kPanel;
                 V x_scale = set1(x_scales[row + r]);

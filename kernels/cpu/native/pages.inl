@@ -107,10 +107,12 @@ struct Reach {
     }
 };
 
-static Tile first_tile(const Attention& call, const Spans& spans, const AttentionUnit& unit) {
+// The first keys of a unit, as a Tile or as Sites.
+template <class Place>
+static Place first_place(const Attention& call, const Spans& spans, const AttentionUnit& unit) {
     Reach reach(call, spans, unit);
     Pages pages{call, spans.blocks + spans.first[unit.span], unit.head};
-    return Tile(pages, reach.begin, least(reach.begin + kKeys, reach.end));
+    return Place(pages, reach.begin, least(reach.begin + kKeys, reach.end));
 }
 
 INLINE const char* element(const void* base, int32_t type, int64_t index) {
