@@ -11,7 +11,8 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster, ray_fleet
+from .cluster.ray_fleet import RayCluster, ray_fleet, strategy
+from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
 from .config import ClusterConfig
 from .engine import AsyncEngine
@@ -74,12 +75,15 @@ async def start_cluster(
         verbose = config.log_level == "debug"
         ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
         stack.push_async_callback(asyncio.to_thread, ray.close)
-        device = ray.device(config.device, ranks)
-        engine = AsyncEngine(served.spec, config.replicas)
+        least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
+        device = ray.device(config.device, least)
+        engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
         starter = ReplicaStarter(config, served, device, engine, metrics, progress, ray_fleet)
-        supervisor = Supervisor(engine, config.replicas, starter.start)
+        supervisor = Supervisor(
+            engine, config.replicas, starter.start, _desired(config), lambda: ray.free(device)
+        )
         stack.push_async_callback(supervisor.close)
-        await supervisor.start_all()
+        await supervisor.start_all(min_tp=config.min_tp)
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
@@ -109,6 +113,16 @@ async def start_cluster(
         stack.push_async_callback(_cancelled, watching)
         url = None if openai is None else openai.url
         return RunningCluster(stack.pop_all(), watching, host.address, page, url)
+
+
+def _desired(config: ClusterConfig) -> Desired:
+    return Desired(
+        tp=config.tp,
+        pp=config.pp,
+        min_tp=config.min_tp or 1,
+        placement=strategy(config.placement, config.pp),
+        shrink_after_s=config.shrink_after_s,
+    )
 
 
 async def _open_journal(
