@@ -172,6 +172,12 @@ class ClusterConfig:
         unset="off",
         group="Security",
     )
+    operators: str = _option(
+        "operator",
+        "Tenants who may restart replicas, separated by commas; without token and TLS, all of this "
+        "machine may.",
+        group="Security",
+    )
     insecure: bool = _option(
         False, "Allow an address beyond this machine without TLS and token.", group="Security"
     )

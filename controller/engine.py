@@ -37,6 +37,7 @@ SUSPECT_AFTER_LOSSES = 2
 """From then on a request runs only while no other suspect does."""
 SET_ASIDE_AFTER_LOSSES = 3
 HELD_RETRY_S = 2.0
+UNREADY_RETRY_S = 5.0
 
 
 class AsyncEngine:
@@ -215,7 +216,7 @@ class AsyncEngine:
     def _check_held(self) -> None:
         """Refuse a request that would have to wait for a replica, unless one is to come soon."""
         if not self.holding:
-            raise Unavailable("no replica is ready")
+            raise Unavailable("no replica is ready", UNREADY_RETRY_S)
         if len(self._homeless) >= self._max_held:
             text = f"{len(self._homeless)} requests wait for a replica already"
             raise ResourceExhausted(text, HELD_RETRY_S)

@@ -95,11 +95,12 @@ class Supervisor:
             tasks.create_task(self._tick())
             tasks.create_task(self._keep())
 
-    def restart_all(self) -> None:
-        """Replace every replica, one after the other; their streams go on."""
+    def restart_all(self) -> int:
+        """Replace every replica, one after the other; their streams go on. Returns how many."""
         generation = self._desired.generation + 1
         self._desired = dataclasses.replace(self._desired, generation=generation)
         self._changed.set()
+        return len(self._slots)
 
     async def close(self) -> None:
         """Stop all replicas, for good."""
@@ -226,5 +227,10 @@ class Supervisor:
         slot, now = self._slots[index], time.monotonic()
         text = condition(slot, now, self._desired)
         state = "degraded" if slot.degraded(now) else known.state
-        tp = self._desired.tp
-        return dataclasses.replace(known, state=state, tp_desired=tp, condition=text)
+        return dataclasses.replace(
+            known,
+            state=state,
+            tp_desired=self._desired.tp,
+            condition=text,
+            outdated=slot.generation < self._desired.generation,
+        )

@@ -29,7 +29,8 @@ class RankSnapshot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
     """One replica. `kv_blocks_free` counts cached blocks without a user as free. `tp_desired` is
-    the TP size that it is meant to have, `condition` why it is not as desired; empty: it is."""
+    the TP size that it is meant to have, `condition` why it is not as desired; empty: it is.
+    `outdated`: a rolling restart has yet to replace it."""
 
     replica_id: str
     state: ReplicaPhase
@@ -46,6 +47,7 @@ class ReplicaSnapshot:
     tp: int = 0
     tp_desired: int = 0
     condition: str = ""
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

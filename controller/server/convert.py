@@ -205,6 +205,7 @@ def _replica(item: ReplicaSnapshot) -> types_pb2.ReplicaState:
         tp=item.tp,
         tp_desired=item.tp_desired,
         condition=item.condition,
+        outdated=item.outdated,
     )
 
 
