@@ -11,7 +11,8 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster, ray_fleet
+from .cluster.ray_fleet import RayCluster, ray_fleet, strategy
+from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
 from .config import ClusterConfig
 from .engine import AsyncEngine
@@ -39,11 +40,14 @@ class RunningCluster:
         self,
         stack: AsyncExitStack,
         watching: asyncio.Task[None],
+        service: InferenceService,
+        supervisor: Supervisor,
         address: str,
         metrics_address: str | None,
         openai_url: str | None,
     ) -> None:
         self._stack, self._watching = stack, watching
+        self._service, self._supervisor = service, supervisor
         self.address, self.metrics_address = address, metrics_address
         self.openai_url = openai_url
 
@@ -51,8 +55,15 @@ class RunningCluster:
         """Return never, as lost replicas are started again; raises what ended that, a defect."""
         await asyncio.shield(self._watching)
 
-    async def stop(self) -> None:
-        """Stop taking requests, let running ones finish for a while, then end everything."""
+    def restart(self) -> None:
+        """Replace every replica, one after the other; running requests go on."""
+        self._supervisor.restart_all()
+
+    async def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Stop taking requests, let running ones finish for `drain_s` seconds over all fronts,
+        then end everything. Ranks that are lost meanwhile are replaced. What has not finished is
+        left to the journal, where there is one."""
+        await self._service.drain(drain_s)
         await self._stack.aclose()
 
 
@@ -74,12 +85,15 @@ async def start_cluster(
         verbose = config.log_level == "debug"
         ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
         stack.push_async_callback(asyncio.to_thread, ray.close)
-        device = ray.device(config.device, ranks)
-        engine = AsyncEngine(served.spec, config.replicas)
+        least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
+        device = ray.device(config.device, least)
+        engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
         starter = ReplicaStarter(config, served, device, engine, metrics, progress, ray_fleet)
-        supervisor = Supervisor(engine, config.replicas, starter.start)
+        supervisor = Supervisor(
+            engine, config.replicas, starter.start, _desired(config), lambda: ray.free(device)
+        )
         stack.push_async_callback(supervisor.close)
-        await supervisor.start_all()
+        await supervisor.start_all(min_tp=config.min_tp)
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
@@ -95,10 +109,11 @@ async def start_cluster(
         if recovered and progress is not None:
             progress.print(f"took up {recovered} unfinished requests from the journal")
         openai = None if config.openai_port is None else await _start_openai(config, service, stack)
-        host = await _start_host(config, service, stack)
+        host = await _start_host(config, service, supervisor, stack)
         page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
 
         def set_serving(serving: bool) -> None:
+            serving = serving and not service.draining
             host.set_serving(serving)
             if openai is not None:
                 openai.set_serving(serving)
@@ -108,7 +123,19 @@ async def start_cluster(
         watching = asyncio.create_task(_watch(supervisor, engine, metrics, journal))
         stack.push_async_callback(_cancelled, watching)
         url = None if openai is None else openai.url
-        return RunningCluster(stack.pop_all(), watching, host.address, page, url)
+        return RunningCluster(
+            stack.pop_all(), watching, service, supervisor, host.address, page, url
+        )
+
+
+def _desired(config: ClusterConfig) -> Desired:
+    return Desired(
+        tp=config.tp,
+        pp=config.pp,
+        min_tp=config.min_tp or 1,
+        placement=strategy(config.placement, config.pp),
+        shrink_after_s=config.shrink_after_s,
+    )
 
 
 async def _open_journal(
@@ -132,7 +159,10 @@ async def _open_journal(
 
 
 async def _start_host(
-    config: ClusterConfig, service: InferenceService, stack: AsyncExitStack
+    config: ClusterConfig,
+    service: InferenceService,
+    supervisor: Supervisor,
+    stack: AsyncExitStack,
 ) -> GrpcHost:
     host = GrpcHost(
         service,
@@ -144,16 +174,18 @@ async def _start_host(
         token_file=config.token_file,
         insecure=config.insecure,
         reflection=config.reflection,
+        operators=[name.strip() for name in config.operators.split(",")],
+        restart=supervisor.restart_all,
     )
     await host.start()
-    stack.push_async_callback(host.stop, DRAIN_S)
+    service.on_drain.append(lambda: host.set_serving(False))
+    stack.push_async_callback(host.stop, 0.0)
     return host
 
 
 async def _start_openai(
     config: ClusterConfig, service: InferenceService, stack: AsyncExitStack
 ) -> OpenAIHost:
-    """Started before the gRPC server, whose stop, coming first, drains the requests of both."""
     host = OpenAIHost(
         service,
         host=config.openai_host,
@@ -165,7 +197,8 @@ async def _start_openai(
         insecure=config.insecure,
     )
     await host.start()
-    stack.push_async_callback(host.stop, DRAIN_S)
+    service.on_drain.append(lambda: host.set_serving(False))
+    stack.push_async_callback(host.stop, 0.0)
     return host
 
 

@@ -1,4 +1,4 @@
-"""The command `phalanx`: demo, serve, chat, generate, status, explain, plan, models, bench, simulate."""
+"""The command `phalanx`, one subcommand for each module of `commands/`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .commands.generate import chat, generate
 from .commands.kernels import kernels
 from .commands.models import models
 from .commands.plan import plan
+from .commands.restart import restart
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.status import status
@@ -77,7 +78,7 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, explain, plan, models, simulate):
+for command in (demo, serve, chat, generate, status, restart, explain, plan, models, simulate):
     app.command()(command)
 
 measuring = typer.Typer(rich_markup_mode="rich")

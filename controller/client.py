@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from phalanx.protos.errors import DeadlineExceeded
-from phalanx.protos.v1 import serving_pb2
+from phalanx.protos.v1 import admin_pb2, serving_pb2
 
 from .completion import Collector, Completion
 from .connection import Connection, typed
@@ -107,6 +107,12 @@ class Client(Connection):
             self._stub.ExplainPlacement, request
         )
         return found
+
+    def restart_replicas(self) -> int:
+        """Begin to replace every replica, one after the other; returns how many. For operators,
+        else `PermissionDenied`. Those that are left have `outdated` in `cluster_state`."""
+        request = admin_pb2.RestartReplicasRequest()
+        return int(self._unary(self._admin.RestartReplicas, request).replicas)
 
     def healthy(self) -> bool:
         """Whether the server answers and says that it can serve."""
@@ -254,6 +260,11 @@ class AsyncClient(Connection):
             self._stub.ExplainPlacement, request
         )
         return found
+
+    async def restart_replicas(self) -> int:
+        """See `Client.restart_replicas`."""
+        request = admin_pb2.RestartReplicasRequest()
+        return int((await self._unary(self._admin.RestartReplicas, request)).replicas)
 
     async def healthy(self) -> bool:
         """See `Client.healthy`."""

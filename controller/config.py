@@ -7,8 +7,6 @@ A `ClusterConfig` is made from a TOML file and from flags, validated once, and n
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +16,9 @@ from typing import Any
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 
+from .units import is_loopback, parse_bytes
+
 MIB = 2**20
-BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": MIB, "GIB": 2**30, "TIB": 2**40}
-BYTE_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
@@ -73,6 +71,22 @@ class ClusterConfig:
         "Pipeline stages of a replica; each holds a run of layers on TP ranks.",
         low=1,
         high=1024,
+    )
+    min_tp: int | None = _option(
+        None,
+        "Fewest ranks that a stage goes on with when places for TP are gone, or starts with; auto "
+        "is 1 once it has run, and TP before.",
+        low=1,
+        high=1024,
+        unset="auto",
+        group="Advanced",
+    )
+    shrink_after_s: float = _option(
+        30.0,
+        "Seconds that places must be gone before a replica goes on smaller.",
+        low=0,
+        high=86400,
+        group="Advanced",
     )
     replicas: int = _option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
     dtype: str = _option(
@@ -156,6 +170,12 @@ class ClusterConfig:
         None,
         "File of callers, a line tenant:sha256-of-token each; every call then needs a token.",
         unset="off",
+        group="Security",
+    )
+    operators: str = _option(
+        "operator",
+        "Tenants who may restart replicas, separated by commas; without token and TLS, all of this "
+        "machine may.",
         group="Security",
     )
     insecure: bool = _option(
@@ -247,6 +267,8 @@ class ClusterConfig:
     def _check_together(self) -> list[str]:
         """What fields demand of each other."""
         wrong = []
+        if self.min_tp is not None and self.min_tp > self.tp:
+            wrong.append(f"min_tp is {self.min_tp}, allowed: 1 to tp ({self.tp})")
         if self.max_tokens_per_step < self.max_running:
             wrong.append(
                 f"max_tokens_per_step is {self.max_tokens_per_step}, allowed: at least max_running "
@@ -328,24 +350,6 @@ def _check_field(name: str, value: object) -> list[str]:
         fits = (rule.low is None or rule.low <= value) and (rule.high is None or value <= rule.high)
     allowed = "true or false" if kind is bool else rule.allowed
     return [] if fits else [f"{name} is {value!r}, allowed: {allowed}"]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a socket bound to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a text such as "8GiB", "512 MB" or "1073741824". Raises `ValueError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in BYTE_UNITS:
-        raise ValueError(f"{text!r} is not a number of bytes such as 8GiB")
-    return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
 
 
 def parse_value(name: str, value: object) -> object:

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from phalanx.protos.errors import ConfigError, PhalanxError
 from phalanx.protos.limits import MAX_MESSAGE_BYTES
 from phalanx.protos.status import decode
-from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+from phalanx.protos.v1 import admin_pb2_grpc, serving_pb2, serving_pb2_grpc
 
 from .resuming import Resuming
 
@@ -38,6 +38,10 @@ def typed(error: grpc.RpcError) -> PhalanxError:
 
 def _stub(channel: Any) -> Any:
     return serving_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+def _admin_stub(channel: Any) -> Any:
+    return admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 class Connection:
@@ -72,7 +76,7 @@ class Connection:
         else:
             credentials = grpc.ssl_channel_credentials(root_certificates, private_key, certificate)
             self._channel = self._library.secure_channel(address, credentials, options)
-        self._stub = _stub(self._channel)
+        self._stub, self._admin = _stub(self._channel), _admin_stub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._calls: dict[Any, Resuming] = {}
         """Open streams."""

@@ -13,7 +13,14 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
-from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, Unavailable
+from phalanx.protos.errors import (
+    AlreadyExists,
+    GroupLost,
+    RequestFailed,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import DecoderSpec
 
@@ -29,13 +36,23 @@ CANARY_TENANT = "phalanx-canary"
 SUSPECT_AFTER_LOSSES = 2
 """From then on a request runs only while no other suspect does."""
 SET_ASIDE_AFTER_LOSSES = 3
+HELD_RETRY_S = 2.0
+UNREADY_RETRY_S = 5.0
 
 
 class AsyncEngine:
     """`server.engine.Engine` over replicas. Create and use it on one running event loop."""
 
-    def __init__(self, model: DecoderSpec, replicas: int, placer: Placer | None = None) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: DecoderSpec,
+        replicas: int,
+        placer: Placer | None = None,
+        *,
+        max_held: int = DEFAULT_MAX_QUEUED_REQUESTS,
+    ) -> None:
+        """max_held: requests that wait for a replica to come, at most; more are refused."""
+        self._model, self._max_held = model, max_held
         self._loop = asyncio.get_running_loop()
         self._slots: list[ReplicaHandle | None] = [None] * replicas
         self._numbers = itertools.count()
@@ -43,10 +60,16 @@ class AsyncEngine:
         self._live: dict[tuple[str, str], Stream] = {}
         self._homeless: dict[Stream, None] = {}
         self._placer = placer or Placer()
+        self.holding = False
+        """Whether requests that find no replica wait for one, as it will soon be there."""
         self.on_serving: Callable[[bool], None] = lambda serving: None
         """Called on the event loop when `serving` may have changed."""
         self.on_replica_lost: Callable[[int, GroupLost], None] = lambda index, error: None
         """Called on the event loop; for whoever starts replicas again."""
+        self.condition: Callable[[int, ReplicaSnapshot], ReplicaSnapshot] = lambda index, known: (
+            known
+        )
+        """Adds what that one knows of a slot to its snapshot."""
 
     # --- replicas ---
 
@@ -76,6 +99,20 @@ class AsyncEngine:
         self._place_homeless()
         self.on_serving(self.serving)
 
+    async def release(self, index: int) -> asyncio.Future[None] | None:
+        """End a slot's replica on purpose, after the step in flight; its streams go on elsewhere,
+        or wait for the next replica. Returns when they have left, with what is done when its ranks
+        have gone; None: there was no replica."""
+        handle = self._slots[index]
+        if handle is None:
+            return None
+        handle.leaving = True
+        self._placer.loads.leave(index)
+        self.on_serving(self.serving)
+        ending = asyncio.ensure_future(asyncio.to_thread(handle.replica.stop))
+        await handle.left.wait()
+        return ending
+
     @property
     def replicas(self) -> list[ReplicaHandle]:
         """Those that are there, lost ones not yet replaced included."""
@@ -85,6 +122,13 @@ class AsyncEngine:
     def serving(self) -> bool:
         """Whether any replica takes requests."""
         return any(handle.serving for handle in self.replicas)
+
+    @property
+    def busy(self) -> frozenset[int]:
+        """The slots that requests run on."""
+        return frozenset(
+            stream.replica for stream in self._by_name.values() if stream.replica is not None
+        )
 
     def tick(self, now: float) -> None:
         """End homeless requests whose deadline has passed; to be called now and then."""
@@ -121,7 +165,7 @@ class AsyncEngine:
         )
         handle = self._choose(stream)
         if handle is None and not stream.accepted_before:
-            raise Unavailable("no replica is ready")
+            self._check_held()
         self._live[tenant, request_id] = stream
         try:
             if handle is None:
@@ -155,6 +199,7 @@ class AsyncEngine:
             else handle.snapshot(self._model)
             for index, handle in enumerate(self._slots)
         )
+        replicas = tuple(itertools.starmap(self.condition, enumerate(replicas)))
         waiting = sum(replica.waiting_requests for replica in replicas)
         return ClusterSnapshot(replicas=replicas, queued_requests=waiting + len(self._homeless))
 
@@ -167,6 +212,14 @@ class AsyncEngine:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _check_held(self) -> None:
+        """Refuse a request that would have to wait for a replica, unless one is to come soon."""
+        if not self.holding:
+            raise Unavailable("no replica is ready", UNREADY_RETRY_S)
+        if len(self._homeless) >= self._max_held:
+            text = f"{len(self._homeless)} requests wait for a replica already"
+            raise ResourceExhausted(text, HELD_RETRY_S)
 
     def _choose(self, stream: Stream) -> ReplicaHandle | None:
         """The live replica that is predicted to give the stream its next token soonest."""
@@ -239,13 +292,14 @@ class AsyncEngine:
         if self._slots[handle.index] is not handle:
             return
         self._slots[handle.index] = None
+        handle.left.set()
         self._placer.index.drop(handle.index)
         self._placer.loads.leave(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
             stream.replica, stream.charged = None, Work()
-            stream.losses += 1
+            stream.losses += not handle.leaving
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
                 text = f"the ranks died {stream.losses} times while they computed this request"
                 stream.end(FinishReason.ERROR, error=RequestFailed(text))
@@ -253,7 +307,8 @@ class AsyncEngine:
                 self._homeless[stream] = None
         self._place_homeless()
         self.on_serving(self.serving)
-        self.on_replica_lost(handle.index, error)
+        if not handle.leaving:
+            self.on_replica_lost(handle.index, error)
 
     def _abort(self, stream: Stream, sample_index: int | None) -> None:
         handle = None if stream.replica is None else self._slots[stream.replica]

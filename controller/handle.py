@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from phalanx.protos.shards import Stage, cut_model, cut_stages
 from phalanx.protos.specs import DecoderSpec
 
 from .cluster.fleet import RankFacts
-from .cluster.snapshot import RankSnapshot, ReplicaSnapshot
+from .cluster.snapshot import RankSnapshot, ReplicaPhase, ReplicaSnapshot
 from .kvcache.prefix import PrefixNaming
 from .replica import Replica
 from .routing.pace import Pace, PaceMeter
@@ -41,6 +42,20 @@ class ReplicaHandle:
         self._num_stages = num_stages
         self.proven = False
         """Whether it has produced a canary token."""
+        self.leaving = False
+        """Whether it ends on purpose: its streams are blamed for nothing."""
+        self.left = asyncio.Event()
+        """Set when its streams have been taken from it."""
+
+    @property
+    def tp(self) -> int:
+        """Ranks of a stage."""
+        return len(self._ranks) // self._num_stages
+
+    @property
+    def rank_places(self) -> tuple[str, ...]:
+        """The node of each rank, as the cluster names it."""
+        return tuple(rank.place for rank in self._ranks)
 
     @property
     def replica_id(self) -> str:
@@ -50,7 +65,7 @@ class ReplicaHandle:
     @property
     def serving(self) -> bool:
         """Whether it takes requests."""
-        return self.proven and self.replica.lost is None
+        return self.proven and not self.leaving and self.replica.lost is None
 
     @property
     def room(self) -> int:
@@ -62,14 +77,22 @@ class ReplicaHandle:
         """How fast it is, as far as was measured."""
         return self._meter.pace if self._meter else Pace()
 
+    @property
+    def _phase(self) -> ReplicaPhase:
+        if self.replica.lost is not None:
+            return "lost"
+        if self.leaving:
+            return "draining"
+        return "ready" if self.proven else "starting"
+
     def snapshot(self, model: DecoderSpec) -> ReplicaSnapshot:
         """As of its last step."""
         stats = self.replica.stats()
-        lost = self.replica.lost is not None
         stages = cut_stages(model, self._num_stages)
         return ReplicaSnapshot(
             replica_id=self.replica_id,
-            state="lost" if lost else "ready" if self.proven else "starting",
+            state=self._phase,
+            tp=self.tp,
             ranks=tuple(_rank(facts, model, stages, len(self._ranks)) for facts in self._ranks),
             running_requests=stats.running,
             waiting_requests=stats.waiting,

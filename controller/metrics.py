@@ -26,6 +26,7 @@ OUTCOMES = (
     "failed_precondition",
     "invalid_argument",
     "not_found",
+    "permission_denied",
     "resource_exhausted",
     "unauthenticated",
     "unavailable",

@@ -140,6 +140,7 @@ class Resuming:
             words = f"the server did not come back within {self._reconnect_s:g} s"
             raise self._lost(words, error) from None
         wait = min(FIRST_WAIT_S * 2.0 ** min(self._attempts - 1, 10), LONGEST_WAIT_S)
+        wait = max(wait, min(error.retry_after_s or 0.0, LONGEST_WAIT_S))
         wait *= random.uniform(0.5, 1.0)
         if self._ends is not None and now + wait >= self._ends:
             raise DeadlineExceeded(f"the deadline passed while the server was away: {error}")

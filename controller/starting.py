@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -85,11 +86,12 @@ class ReplicaStarter:
         shape = hashlib.sha256(msgspec.msgpack.encode(served.spec)).hexdigest()[:16]
         return f"{served.name}:{shape}:{config.dtype}:{config.kv_dtype}"
 
-    async def start(self, index: int, epoch: int) -> ReplicaHandle:
-        """A replica for slot `index` whose loop runs. Raises `ConfigError`, `ModelError` or
-        `GroupLost`, leaving nothing behind."""
+    async def start(self, index: int, epoch: int, tp: int | None = None) -> ReplicaHandle:
+        """A replica for slot `index` whose loop runs, of `tp` ranks a stage; None: as configured.
+        Raises `ConfigError`, `ModelError` or `GroupLost`, leaving nothing behind."""
         with LoadingDisplay(self._console, f"replica-{index}") as display:
-            fleet, facts, memory = await asyncio.to_thread(self._start_group, epoch, display)
+            start = functools.partial(self._start_group, epoch, tp or self._config.tp, display)
+            fleet, facts, memory = await asyncio.to_thread(start)
             display.account(facts, memory)
         config, meter = self._config, PaceMeter(self._observer)
         cache = self._make_cache(memory)
@@ -126,10 +128,12 @@ class ReplicaStarter:
         return handle
 
     def _start_group(
-        self, epoch: int, display: LoadingDisplay
+        self, epoch: int, tp: int, display: LoadingDisplay
     ) -> tuple[PlacedFleet, list[RankFacts], MemoryPlan]:
         """Reserve places, size the cache for them, load."""
         config = self._config
+        if tp != config.tp:
+            config = dataclasses.replace(config, tp=tp, min_tp=None)
         fleet = self._make_fleet(config, self._device)
         try:
             nodes = fleet.reserve()
@@ -139,7 +143,9 @@ class ReplicaStarter:
             fleet.stop(at_once=True)
             raise
         # all replicas, and those that come later, must give the same tokens
-        self._config = dataclasses.replace(config, dtype=spec.dtype, kv_dtype=spec.cache.dtype)
+        self._config = dataclasses.replace(
+            self._config, dtype=spec.dtype, kv_dtype=spec.cache.dtype
+        )
         return fleet, facts, memory
 
     def _make_cache(self, memory: MemoryPlan) -> KVCacheManager:

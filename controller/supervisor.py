@@ -3,44 +3,104 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from phalanx.protos.errors import GroupLost, PhalanxError
+from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
 
-from .cluster.recovery import Slot, Start, Wait, next_action
+from .cluster.fleet import REASON, NoPlace
+from .cluster.recovery import (
+    LOOK_AGAIN_S,
+    Desired,
+    Facts,
+    Replace,
+    Slot,
+    Start,
+    Wait,
+    condition,
+    needs_room,
+    next_actions,
+    observe,
+)
+from .cluster.room import Free, largest_tp
+from .cluster.snapshot import ReplicaSnapshot
 from .engine import AsyncEngine
 from .handle import ReplicaHandle
 
 TICK_S = 0.5
 
-StartReplica = Callable[[int, int], Awaitable[ReplicaHandle]]
-"""(slot, epoch) -> a replica whose loop runs. Raises a `PhalanxError`, leaving nothing behind."""
+Look = Callable[[], Free | None]
+"""What nodes have free; None: places are not counted here. Called on a thread."""
 
 _log = logging.getLogger(__name__)
 
 
-class Supervisor:
-    """Runs `recovery.next_action` against the facts. Belongs to the engine's event loop."""
+class StartReplica(Protocol):
+    """Starts a replica whose loop runs. Raises a `PhalanxError`, leaving nothing behind."""
 
-    def __init__(self, engine: AsyncEngine, replicas: int, start: StartReplica) -> None:
-        self._engine, self._start_replica = engine, start
+    def __call__(
+        self, index: int, epoch: int, tp: int | None = None, /
+    ) -> Awaitable[ReplicaHandle]:
+        """For slot `index`; `tp` as configured where it is None."""
+
+
+class Supervisor:
+    """Runs `recovery.next_actions` against the facts. Belongs to the engine's event loop."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        replicas: int,
+        start: StartReplica,
+        desired: Desired | None = None,
+        look: Look = lambda: None,
+    ) -> None:
+        self._engine, self._start_replica, self._look = engine, start, look
+        self._desired = desired or Desired()
         self._slots = [Slot() for _ in range(replicas)]
         self._epoch = 0
         self._changed = asyncio.Event()
         engine.on_replica_lost = self._on_lost
+        engine.condition = self._condition
 
-    async def start_all(self) -> None:
-        """Start every replica for the first time. Raises the first failure."""
+    async def start_all(self, *, min_tp: int | None = None) -> None:
+        """Start every replica for the first time. Raises the first failure.
+
+        min_tp: replicas may start as small as this where places for more are not there for a
+        while; None: they may not.
+        """
         for index in range(len(self._slots)):
-            await self._start(index)
+            await self._start(index, await self._first_size(min_tp))
+
+    async def _first_size(self, min_tp: int | None) -> int:
+        """The TP size to start with; the desired one, too, where none finds places."""
+        desired = self._desired
+        deadline = time.monotonic() + desired.shrink_after_s
+        while True:
+            free = (await self._facts()).free
+            shape = (desired.pp, desired.placement)
+            found = desired.tp if free is None else largest_tp(free, desired.tp, *shape)
+            if min_tp is None or not min_tp <= found < desired.tp:
+                return desired.tp
+            if time.monotonic() >= deadline:
+                return found
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def run(self) -> None:
         """Watch for ever. Cancel it to end."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             tasks.create_task(self._keep())
+
+    def restart_all(self) -> int:
+        """Replace every replica, one after the other; their streams go on. Returns how many."""
+        generation = self._desired.generation + 1
+        self._desired = dataclasses.replace(self._desired, generation=generation)
+        self._changed.set()
+        return len(self._slots)
 
     async def close(self) -> None:
         """Stop all replicas, for good."""
@@ -55,33 +115,94 @@ class Supervisor:
 
     async def _keep(self) -> None:
         while True:
-            action = next_action(self._slots, time.monotonic())
-            if isinstance(action, Start):
-                await self._start_again(action.index)
-            else:
-                await self._wait(action)
+            match (await self._next())[0]:
+                case Start(index, tp):
+                    await self._start_again(index, tp)
+                case Replace() as action:
+                    await self._replace(action)
+                case Wait(seconds):
+                    await self._wait(seconds)
 
-    async def _start(self, index: int) -> None:
+    async def _next(self) -> tuple[Start | Replace | Wait, ...]:
+        """What is to be done, by what is seen now."""
+        facts, now = await self._facts(), time.monotonic()
+        self._slots = observe(self._slots, now, self._desired, facts)
+        missing = [slot for slot in self._slots if not slot.running]
+        self._engine.holding = any(not slot.degraded(now) for slot in missing)
+        return next_actions(self._slots, now, self._desired, facts)
+
+    async def _facts(self) -> Facts:
+        free: Free | None = None
+        if needs_room(self._slots, self._desired):
+            try:
+                free = await asyncio.to_thread(self._look)
+            except PhalanxError as error:
+                _log.warning("places cannot be counted: %s", error)
+                free = {}
+        return Facts(free=free, busy=self._engine.busy)
+
+    async def _start(self, index: int, tp: int) -> None:
+        """Start a group and take it in."""
+        await self._take_in(await self._start_group(index, tp))
+
+    async def _start_group(self, index: int, tp: int) -> ReplicaHandle:
         self._epoch += 1
-        handle = await self._start_replica(index, self._epoch)
-        self._slots[index] = self._slots[index].started()
+        return await self._start_replica(index, self._epoch, tp)
+
+    async def _take_in(self, handle: ReplicaHandle) -> None:
+        index, generation = handle.index, self._desired.generation
+        self._slots[index] = self._slots[index].started(handle.tp, handle.rank_places, generation)
         try:
             await self._engine.adopt(handle)
         except PhalanxError:
             await asyncio.to_thread(handle.replica.stop)  # which the engine reports as a loss
             raise
 
-    async def _start_again(self, index: int) -> None:
-        _log.warning("replica-%d: starting a new group of ranks", index)
+    async def _start_again(self, index: int, tp: int) -> None:
+        _log.warning("replica-%d: starting a new group of ranks, tp %d", index, tp)
         before = self._slots[index].failures
         try:
-            await self._start(index)
+            await self._start(index, tp)
+        except NoPlace as error:
+            _log.warning("replica-%d: %s", index, error)  # places will be counted again
+            self._changed.set()
+            await asyncio.sleep(LOOK_AGAIN_S)
         except PhalanxError as error:
+            if isinstance(error, ConfigError) and tp < self._desired.tp:
+                _log.error("replica-%d: tp %d: %s", index, tp, error)
+                self._slots[index] = self._slots[index].too_small(tp, str(error))
             # a replica that died over its canary was counted by `_on_lost`
-            if self._slots[index].failures == before:
+            elif self._slots[index].failures == before:
                 self._fail(index, error)
         else:
-            _log.warning("replica-%d: ready again", index)
+            _log.warning("replica-%d: ready again, tp %d", index, tp)
+
+    async def _replace(self, action: Replace) -> None:
+        """Another group for a slot whose group runs. Its streams wait for as long as they have to:
+        where there is room for both groups, for a step or two."""
+        index = action.index
+        _log.warning("replica-%d: to be replaced, tp %d", index, action.tp)
+        successor = None
+        if action.beside:
+            try:
+                successor = await self._start_group(index, action.tp)
+            except PhalanxError as error:
+                _log.error("replica-%d runs on: its successor failed: %s", index, error)
+                self._slots[index] = self._slots[index].stumbled(time.monotonic(), str(error))
+                return
+        self._engine.holding = True
+        ending = await self._engine.release(index)
+        if self._slots[index].running:
+            self._slots[index] = self._slots[index].stopped()
+        try:
+            if successor is not None:
+                await self._take_in(successor)
+        except PhalanxError as error:
+            _log.error("replica-%d: %s", index, error)
+        if ending is not None:
+            await ending
+        if successor is None:
+            await self._start_again(index, action.tp)
 
     def _on_lost(self, index: int, error: GroupLost) -> None:
         self._fail(index, error)
@@ -89,12 +210,27 @@ class Supervisor:
 
     def _fail(self, index: int, error: PhalanxError) -> None:
         _log.error("replica-%d: %s", index, error)
-        self._slots[index] = self._slots[index].failed(time.monotonic(), str(error))
+        # what Ray has to say of it is in the log
+        cause = str(error).split(REASON, 1)[0]
+        self._slots[index] = self._slots[index].failed(time.monotonic(), cause)
 
-    async def _wait(self, action: Wait) -> None:
+    async def _wait(self, seconds: float | None) -> None:
         try:
-            async with asyncio.timeout(action.seconds):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
         except TimeoutError:
             return
         self._changed.clear()
+
+    def _condition(self, index: int, known: ReplicaSnapshot) -> ReplicaSnapshot:
+        """A replica's snapshot with what it should be, and why it is not."""
+        slot, now = self._slots[index], time.monotonic()
+        text = condition(slot, now, self._desired)
+        state = "degraded" if slot.degraded(now) else known.state
+        return dataclasses.replace(
+            known,
+            state=state,
+            tp_desired=self._desired.tp,
+            condition=text,
+            outdated=slot.generation < self._desired.generation,
+        )

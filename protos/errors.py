@@ -60,6 +60,12 @@ class DeadlineExceeded(PhalanxError):
     status = "DEADLINE_EXCEEDED"
 
 
+class PermissionDenied(PhalanxError):
+    """The caller is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
+
+
 class NotFound(PhalanxError):
     """The named thing does not exist, or is not the caller's."""
 
@@ -79,9 +85,14 @@ class Unauthenticated(PhalanxError):
 
 
 class Unavailable(PhalanxError):
-    """Not ready yet, draining, or the group of ranks is being replaced."""
+    """Not ready yet, draining, or the group of ranks is being replaced. `retry_after_s` (seconds)
+    travels as `RetryInfo` where it is known."""
 
     status = "UNAVAILABLE"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StreamLost(Unavailable):

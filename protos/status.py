@@ -16,6 +16,7 @@ from .errors import (
     InvalidArgument,
     ModelError,
     NotFound,
+    PermissionDenied,
     PhalanxError,
     RequestFailed,
     ResourceExhausted,
@@ -38,8 +39,8 @@ _TYPES: dict[str, type[PhalanxError]] = {
         DeadlineExceeded,
         NotFound,
         AlreadyExists,
+        PermissionDenied,
         Unauthenticated,
-        Unavailable,
         ModelError,
         RequestFailed,
     )
@@ -50,7 +51,8 @@ def encode(error: PhalanxError) -> tuple[grpc.StatusCode, str, Trailers]:
     """(code, text, trailing metadata) of an error.
 
     `InvalidArgument` carries `BadRequest` with a violation per field, as many as trailers hold;
-    `ResourceExhausted` carries `RetryInfo` and `grpc-retry-pushback-ms`.
+    `ResourceExhausted`, and `Unavailable` where it knows when, carry `RetryInfo` and
+    `grpc-retry-pushback-ms`.
     """
     code = grpc.StatusCode[error.status]
     text = _shortened(str(error))
@@ -58,7 +60,7 @@ def encode(error: PhalanxError) -> tuple[grpc.StatusCode, str, Trailers]:
     trailers: Trailers = ()
     if isinstance(error, InvalidArgument):
         status.details.add().Pack(_bad_request(error.violations, MAX_DETAILS_BYTES))
-    elif isinstance(error, ResourceExhausted):
+    elif isinstance(error, ResourceExhausted | Unavailable) and error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
         milliseconds = max(0, round(error.retry_after_s * 1000))
         retry.retry_delay.FromMilliseconds(milliseconds)
@@ -74,16 +76,19 @@ def decode(
 ) -> PhalanxError:
     """The error that a status stands for; one without a type of its own is a `PhalanxError`."""
     details = _details(trailers)
+    retry = error_details_pb2.RetryInfo()
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         violations = [FieldViolation(item.field, item.description) for item in _violations(details)]
         return InvalidArgument(violations or [FieldViolation("request", text)])
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        retry = error_details_pb2.RetryInfo()
         told = any(detail.Unpack(retry) for detail in details)
         if not told and "larger than max" in text:  # the library's own words: no time helps
             return InvalidArgument.of("request", text)
         delay = retry.retry_delay.ToMilliseconds() / 1000 if told else DEFAULT_RETRY_S
         return ResourceExhausted(text, delay)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        told = any(detail.Unpack(retry) for detail in details)
+        return Unavailable(text, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
     kind = _TYPES.get(code.name)
     return kind(text) if kind else PhalanxError(f"{code.name}: {text}")
 

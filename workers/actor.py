@@ -34,6 +34,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the device multiplies bfloat16 natively."""
     shared_memory: bool
     """Whether ranks here may exchange tensors through shared memory."""
+    place: str = ""
+    """Ray's name of the node."""
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,7 @@ class RankActor:
             device=device,
             fast_bfloat16=fast,
             shared_memory=shared_memory_works(),
+            place=ray.get_runtime_context().get_node_id(),
         )
 
     def open_store(self, host: str) -> int:

@@ -6,11 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from phalanx.protos.errors import ConfigError
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 
 Progress = Callable[[int, int, int], None]
 """Called with (rank, weight elements loaded, elements in all)."""
+
+
+REASON = "; Ray says of "
+"""Goes before what Ray knows of a lost rank."""
+
+
+class NoPlace(ConfigError):
+    """The cluster has no free places of the shape that a group needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +30,8 @@ class RankFacts:
     node: str
     device: str
     report: LoadReport
+    place: str = ""
+    """The node, as `room.Free` names it."""
 
 
 class Fleet(Protocol):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
+from ray._private import state
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -20,7 +21,7 @@ from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import Hello
 from phalanx.workers.actor import NodeFacts, RankActor, Rendezvous
 
-from .fleet import Progress, RankFacts
+from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
 
 NAMESPACE = "phalanx"
@@ -77,6 +78,18 @@ class RayCluster:
             raise ConfigError(f"device is 'cuda' for {ranks} ranks, the cluster has {gpus} GPUs")
         return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= ranks) else "cpu"
 
+    def free(self, device: Device) -> dict[str, int]:
+        """Ranks that each live node could take now."""
+        wanted = ("CPU", "GPU") if device == "cuda" else ("CPU",)
+        try:
+            nodes = state.available_resources_per_node()
+            return {
+                node: int(min(resources.get(name, 0.0) for name in wanted))
+                for node, resources in nodes.items()
+            }
+        except RayError as error:
+            raise GroupLost(f"Ray does not say what is free: {type(error).__name__}") from error
+
     def close(self) -> None:
         """Disconnect; an embedded instance ends."""
         ray.shutdown()
@@ -105,9 +118,7 @@ class RayFleet:
         """threads: CPU threads of a rank; None divides a node's cores by the ranks that it may
         get, `replicas` times those of this fleet."""
         self._tp_size, self._pp_size, self._device = tp_size, pp_size, device
-        if placement == "auto":
-            placement = "STRICT_PACK" if pp_size == 1 else "SPREAD"
-        self._placement = placement
+        self._placement = strategy(placement, pp_size)
         self._collectives, self._threads, self._replicas = collectives, threads, replicas
         self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
         self._silence_timeout_s = silence_timeout_s
@@ -128,7 +139,7 @@ class RayFleet:
         group = self._group = placement_group(bundles, strategy=self._placement)
         if not group.wait(self._start_timeout_s):
             self.stop()
-            raise ConfigError(
+            raise NoPlace(
                 f"{self._shape} with placement {self._placement}: no such place became "
                 f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
                 f"{_resources(ray.available_resources())} free"
@@ -176,7 +187,13 @@ class RayFleet:
             self.stop()
             raise
         return [
-            RankFacts(rank=report.rank, node=node.node, device=node.device, report=report)
+            RankFacts(
+                rank=report.rank,
+                node=node.node,
+                device=node.device,
+                report=report,
+                place=node.place,
+            )
             for report, node in zip(reports, self._nodes, strict=True)
         ]
 
@@ -227,7 +244,7 @@ class RayFleet:
         for name, each in bundle.items():
             needed = each * self._num_ranks
             if total.get(name, 0) < needed:
-                raise ConfigError(
+                raise NoPlace(
                     f"{self._shape}, which takes {needed:g} {name}; the Ray cluster has "
                     f"{_resources(total)}"
                 )
@@ -276,7 +293,7 @@ class RayFleet:
         if end is None or end[1] is None:
             return ""
         words = " ".join(str(end[1]).split())[:REASON_CHARS]
-        return f"; Ray says of rank {end[0]}: {words}"
+        return f"{REASON}rank {end[0]}: {words}"
 
     def _check_alive(self) -> None:
         end = self._first_end(0)
@@ -288,6 +305,13 @@ class RayFleet:
         if error is not None:
             raise GroupLost(f"rank {rank} failed while starting: {error}") from error
         raise GroupLost(f"rank {rank} ended while starting")
+
+
+def strategy(placement: str, pp_size: int) -> str:
+    """Ray's name of how ranks are laid over nodes."""
+    if placement != "auto":
+        return placement
+    return "STRICT_PACK" if pp_size == 1 else "SPREAD"
 
 
 def ray_fleet(config: ClusterConfig, device: Device) -> RayFleet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ReplicaPhase = Literal["starting", "ready", "draining", "lost"]
+ReplicaPhase = Literal["starting", "ready", "draining", "lost", "degraded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,9 @@ class RankSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """One replica. `kv_blocks_free` counts cached blocks without a user as free."""
+    """One replica. `kv_blocks_free` counts cached blocks without a user as free. `tp_desired` is
+    the TP size that it is meant to have, `condition` why it is not as desired; empty: it is.
+    `outdated`: a rolling restart has yet to replace it."""
 
     replica_id: str
     state: ReplicaPhase
@@ -42,6 +44,10 @@ class ReplicaSnapshot:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    tp: int = 0
+    tp_desired: int = 0
+    condition: str = ""
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ def serve(
         typer.Option("--config", "-c", help="TOML file of fields; flags win over it."),
     ] = None,
 ) -> None:
-    """Serve a model over gRPC until Ctrl-C or SIGTERM.
+    """Serve a model over gRPC until Ctrl-C or SIGTERM; SIGHUP restarts its replicas in turn.
 
     [bold]phalanx serve smollm2[/bold]  one process
 
@@ -58,6 +58,7 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     def catch_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, _on_signal, loop, number, stopping, starting)
+        loop.add_signal_handler(signal.SIGHUP, _on_restart, starting)
 
     catch_signals()
     try:
@@ -86,6 +87,12 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     finally:
         console.print("stopping; a second signal ends at once", soft_wrap=True)
         await cluster.stop()
+
+
+def _on_restart(starting: asyncio.Future[Any]) -> None:
+    """A rolling restart, once there is something to restart."""
+    if starting.done() and not starting.cancelled() and starting.exception() is None:
+        starting.result().restart()
 
 
 def _on_signal(

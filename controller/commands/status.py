@@ -31,6 +31,9 @@ def status(connection: Connection) -> None:
     )
     console.print()
     console.print(replica_table(state.replicas))
+    for replica in state.replicas:
+        if replica.condition:
+            console.print(f"{replica.replica_id}: {replica.condition}", markup=False)
     console.print()
     console.print(rank_table(state.replicas))
 
@@ -42,6 +45,7 @@ def replica_table(replicas: Any) -> Table:
     table = plain_table()
     for name in ("replica", "state"):
         table.add_column(name)
+    table.add_column("TP", justify="right")
     for name in ("running", "waiting", "KV tokens", "used", "prefix hits", "preempted", "steps"):
         table.add_column(name.replace(" ", "\n"), justify="right")
     for replica in replicas:
@@ -50,6 +54,7 @@ def replica_table(replicas: Any) -> Table:
         table.add_row(
             replica.replica_id,
             replica.state,
+            _size(replica),
             str(replica.running_requests),
             str(replica.waiting_requests),
             str(total * replica.kv_block_tokens),
@@ -85,6 +90,12 @@ def rank_table(replicas: Any) -> Table:
                 format_bytes(rank.kv_bytes),
             )
     return table
+
+
+def _size(replica: Any) -> str:
+    """The TP size, and what it should be where it is another one."""
+    tp, desired = replica.tp, replica.tp_desired or replica.tp
+    return str(tp) if tp == desired else f"{tp} of {desired}"
 
 
 def _ratio(part: int, whole: int) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from phalanx.protos.errors import InvalidArgument, PhalanxError, ResourceExhausted
+from phalanx.protos.errors import InvalidArgument, PhalanxError, ResourceExhausted, Unavailable
 
 STATUSES = {
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
     "FAILED_PRECONDITION": (400, "invalid_request_error", None),
     "UNAUTHENTICATED": (401, "invalid_request_error", "invalid_api_key"),
+    "PERMISSION_DENIED": (403, "invalid_request_error", None),
     "NOT_FOUND": (404, "invalid_request_error", "model_not_found"),
     "ALREADY_EXISTS": (409, "invalid_request_error", None),
     "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "rate_limit_exceeded"),
@@ -37,7 +38,7 @@ def error_response(error: PhalanxError) -> web.Response:
     """The whole answer to a refused request."""
     status = STATUSES[error.status][0]
     headers = {}
-    if isinstance(error, ResourceExhausted):
+    if isinstance(error, ResourceExhausted | Unavailable) and error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -202,6 +202,10 @@ def _replica(item: ReplicaSnapshot) -> types_pb2.ReplicaState:
         prefix_hit_tokens=item.prefix_hit_tokens,
         preemptions=item.preemptions,
         steps=item.steps,
+        tp=item.tp,
+        tp_desired=item.tp_desired,
+        condition=item.condition,
+        outdated=item.outdated,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from phalanx.controller.units import is_loopback
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
@@ -16,16 +18,18 @@ from phalanx.protos.limits import (
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
 )
-from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
+from phalanx.protos.v1 import admin_pb2, admin_pb2_grpc, serving_pb2, serving_pb2_grpc
 
 from .health import HealthService
 from .interceptors import Authentication, Containment
 from .kserve import SERVICE as OPEN_INFERENCE
 from .kserve import OpenInferenceService
+from .operating import AdminService
 from .reflection import Descriptors
 from .security import DEFAULT_TENANT, TokenTable, check_exposure, server_credentials
 from .service import InferenceService
 
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICE = serving_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 LAST_WORDS_S = 0.5
 OPTIONS = (
@@ -63,7 +67,12 @@ class GrpcHost:
         token_file: str | None = None,
         insecure: bool = False,
         reflection: bool = False,
+        operators: Collection[str] = (),
+        restart: Callable[[], int] | None = None,
     ) -> None:
+        """operators: tenants who may call the `AdminService`; where callers are not known, all of
+        this machine may. restart: what its `RestartReplicas` does; None: there is no such
+        service."""
         self._service, self._host, self._port = service, host, port
         self._credentials = server_credentials(tls_cert, tls_key, tls_client_ca)
         self._tokens = None if token_file is None else TokenTable.read(token_file)
@@ -71,6 +80,8 @@ class GrpcHost:
         encrypted = self._credentials is not None
         check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
         service.identify = self._tenant
+        self._operators = frozenset(operators) if known else None
+        self._admin = None if restart is None else AdminService(self._may_operate, restart)
         self._health = HealthService((SERVICE, OPEN_INFERENCE))
         self._open_inference = OpenInferenceService(service, lambda: self._health.serving)
         self._server: Any = None
@@ -95,6 +106,9 @@ class GrpcHost:
         add(self._service, server)
         add = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
         add(self._open_inference, server)
+        if self._admin is not None:
+            add = admin_pb2_grpc.add_AdminServiceServicer_to_server
+            add(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
             self._add_reflection(server)
@@ -136,10 +150,16 @@ class GrpcHost:
         from grpc_reflection.v1alpha import reflection
 
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        names = (SERVICE, OPEN_INFERENCE, health, reflection.SERVICE_NAME)
+        own = [SERVICE, OPEN_INFERENCE, *([ADMIN] if self._admin else [])]
+        names = (*own, health, reflection.SERVICE_NAME)
         # another software's messages of the same names may be in the default pool
         pools = (open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool)
         reflection.enable_server_reflection(names, server, Descriptors(pools))
+
+    def _may_operate(self, context: Any) -> bool:
+        if self._operators is None:
+            return is_loopback(self._host)
+        return self._tenant(context) in self._operators
 
     def _tenant(self, context: Any) -> str:
         if self._tokens is not None:

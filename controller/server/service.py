@@ -34,6 +34,8 @@ from .tokens import TokenTexts
 
 INLINE_BYTES = 4096
 THREADS = 2
+DRAINED_RETRY_S = 2.0
+"""For another server to be found, or this one to be started again."""
 
 Value = TypeVar("Value")
 
@@ -72,6 +74,8 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self.on_drain: list[Callable[[], None]] = []
+        """Called when new requests begin to be refused."""
         self.identify: Callable[[Any], str] = _anyone
         """The tenant behind a call's context; the host sets it."""
 
@@ -100,7 +104,8 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     async def Resume(self, request: serving_pb2.ResumeRequest, context: Any) -> None:
         """Go on reading a request."""
         call = Call("Resume", self._observer, context, self.identify(context))
-        async with self._booked(call):
+        # what was accepted may be read to its end while the server drains
+        async with self._booked(call, joins=True):
             self._admission.resume(request)
             session = self._sessions.find(request.request_id, call.tenant)
             if len(request.next_index) > session.header.params.n:
@@ -131,21 +136,25 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self, call: Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
     ) -> None:
         """One request from its arrival to its end."""
-        async with self._booked(call):
+        async with self._booked(call, joins=call.outlived):
             admitted = await self._run(request, admit)
-            self._check_open()
+            kept = call.outlived and bool(admitted.fingerprint)
+            if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
+                self._check_open()
             call.prompt_tokens = len(admitted.prompt_token_ids)
-            if call.outlived and admitted.fingerprint:
+            if kept:
                 session = self._sessions.open(admitted, call.tenant, call.deadline)
                 await self._follow(session, call, kind, Received())
             else:
                 await self._answer(admitted, call, kind)
 
     @contextlib.asynccontextmanager
-    async def _booked(self, call: Call) -> AsyncIterator[None]:
-        """A call's entry in the books, however it ends."""
+    async def _booked(self, call: Call, *, joins: bool = False) -> AsyncIterator[None]:
+        """A call's entry in the books, however it ends. joins: it may be about a request that was
+        accepted before."""
         try:
-            self._check_open()
+            if not joins:
+                self._check_open()
             yield
         except PhalanxError as error:
             call.outcome = error.status.lower()
@@ -158,7 +167,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 
     def _check_open(self) -> None:
         if self._draining:
-            raise Unavailable("the server is shutting down")
+            raise Unavailable("the server is shutting down", DRAINED_RETRY_S)
 
     async def _answer(self, admitted: Admitted, call: Call, kind: type[Response]) -> None:
         """A request that lives as long as its call."""
@@ -310,13 +319,16 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, wait for running ones, end those that outlast `grace_s` seconds."""
-        self._draining = True
+        if not self._draining:
+            self._draining = True
+            for tell in self.on_drain:
+                tell()
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
         except TimeoutError:
             for answer in list(self._answers):
-                answer.fail(Unavailable("the server is shutting down"))
+                answer.fail(Unavailable("the server is shutting down", DRAINED_RETRY_S))
 
     def close(self) -> None:
         """Release the threads. What outlives its call waits in the journal for the next process."""

@@ -234,6 +234,10 @@ class Sessions:
         self._follow(session, deadline, again=False)
         return session
 
+    def has(self, request_id: str, tenant: str) -> bool:
+        """Whether a request of this id was accepted and is still known."""
+        return self._find((tenant, request_id)) is not None
+
     def find(self, request_id: str, tenant: str) -> Session:
         """A session to go on reading. Raises `NotFound`, for foreign ones as well."""
         session = self._find((tenant, request_id))

@@ -148,7 +148,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ReplicaState(_message.Message):
-    __slots__ = ("replica_id", "state", "ranks", "running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_block_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "steps")
+    __slots__ = ("replica_id", "state", "ranks", "running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_block_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "steps", "tp", "tp_desired", "condition", "outdated")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,10 @@ class ReplicaState(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    TP_FIELD_NUMBER: _ClassVar[int]
+    TP_DESIRED_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
+    OUTDATED_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
@@ -173,7 +177,11 @@ class ReplicaState(_message.Message):
     prefix_hit_tokens: int
     preemptions: int
     steps: int
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    tp: int
+    tp_desired: int
+    condition: str
+    outdated: bool
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tp: _Optional[int] = ..., tp_desired: _Optional[int] = ..., condition: _Optional[str] = ..., outdated: bool = ...) -> None: ...
 
 class RankState(_message.Message):
     __slots__ = ("rank", "node", "device", "weight_bytes", "kv_bytes", "head_start", "head_stop", "stage", "layer_start", "layer_stop")

@@ -12,11 +12,10 @@ from phalanx.controller.config import (
     KINDS,
     RULES,
     ClusterConfig,
-    is_loopback,
     load_config,
-    parse_bytes,
     parse_value,
 )
+from phalanx.controller.units import is_loopback, parse_bytes
 from phalanx.protos.errors import ConfigError
 
 TLS = {"tls_cert": "cert.pem", "tls_key": "key.pem"}
