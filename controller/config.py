@@ -7,8 +7,6 @@ A `ClusterConfig` is made from a TOML file and from flags, validated once, and n
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +16,9 @@ from typing import Any
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 
-MIB = 2**20
-BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": MIB, "GIB": 2**30, "TIB": 2**40}
-BYTE_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from .quantities import MIB, is_loopback, parse_bytes
+from .tools.formats import FORMAT_NAMES
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
@@ -84,6 +82,14 @@ class ClusterConfig:
         "auto", "Number format of the KV cache; auto is the activations'.", choices=DTYPES
     )
     device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
+    chat_template: str | None = _option(
+        None, "A Jinja file in place of the model's own chat template.", unset="own"
+    )
+    tool_parser: str = _option(
+        "auto",
+        "How calls of tools are read from answers; auto goes by the chat template.",
+        choices=("auto", *FORMAT_NAMES),
+    )
     block_size: int = _option(16, "Tokens of a KV block.", low=1, high=1024)
     kv_tokens: int | None = _option(
         None, "Tokens that a replica's KV cache holds.", low=1, unset="auto"
@@ -328,24 +334,6 @@ def _check_field(name: str, value: object) -> list[str]:
         fits = (rule.low is None or rule.low <= value) and (rule.high is None or value <= rule.high)
     allowed = "true or false" if kind is bool else rule.allowed
     return [] if fits else [f"{name} is {value!r}, allowed: {allowed}"]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a socket bound to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a text such as "8GiB", "512 MB" or "1073741824". Raises `ValueError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in BYTE_UNITS:
-        raise ValueError(f"{text!r} is not a number of bytes such as 8GiB")
-    return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
 
 
 def parse_value(name: str, value: object) -> object:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from phalanx.controller.config import is_loopback
+from phalanx.controller.quantities import is_loopback
 from phalanx.protos.errors import ConfigError, Unauthenticated
 
 DEFAULT_TENANT = "default"

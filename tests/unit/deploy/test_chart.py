@@ -12,7 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from phalanx.controller.config import KINDS, RULES, is_loopback, load_config
+from phalanx.controller.config import KINDS, RULES, load_config
+from phalanx.controller.quantities import is_loopback
 
 MADE_BY_CHART = {
     "host",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.controller.config import ClusterConfig, is_loopback, load_config
+from phalanx.controller.config import ClusterConfig, load_config
+from phalanx.controller.quantities import is_loopback
 
 NAMES = ("compose", "cpu-node", "gpu-node", "laptop", "two-nodes")
 
