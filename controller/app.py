@@ -77,7 +77,9 @@ async def start_cluster(
     """
     logging.getLogger("phalanx").setLevel(config.log_level.upper())
     async with AsyncExitStack() as stack:
-        served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
+        served = await asyncio.to_thread(
+            resolve_model, config.model, config.max_context, config.chat_template
+        )
         plan_unplaced(config, served)
         metrics = Metrics()
         journal = await _open_journal(config, metrics, stack)
@@ -103,6 +105,7 @@ async def start_cluster(
             dtype=starter.dtype,
             journal=journal,
             grace_s=config.resume_grace_s,
+            tool_parser=config.tool_parser,
         )
         recovered = service.recover()
         metrics.on_recovered(recovered)

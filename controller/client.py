@@ -53,7 +53,8 @@ class Client(Connection):
     def chat(
         self, messages: Messages, *, request_id: str = "", **params: Any
     ) -> Iterator[serving_pb2.ChatResponse]:
-        """Answer a conversation, `{"role", "content"}` each; a text is one user's message."""
+        """Answer a conversation, `{"role", "content"}` each; a text is one user's message. Tools
+        may stand among the parameters: `messages.chat_request` says how."""
         return self._messages(self._resuming(chat_request(messages, request_id, params)))
 
     def complete(self, prompt: Prompt, *, request_id: str = "", **params: Any) -> Completion:

@@ -28,6 +28,10 @@ class Sample:
     """The stop string, or the token id in decimal, that ended it; else empty."""
     logprobs: tuple[types_pb2.PositionLogprobs, ...] = ()
     """One a token, when asked for."""
+    tool_calls: tuple[types_pb2.ToolCall, ...] = ()
+    """What it calls, with whole arguments; they are not in the text."""
+    reasoning: str = ""
+    """What came before the answer, of models that mark it as such."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,8 @@ class _Sample:
     logprobs: list[types_pb2.PositionLogprobs] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: str = ""
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: dict[int, types_pb2.ToolCall] = field(default_factory=dict)
 
 
 class Collector:
@@ -107,6 +113,11 @@ class Collector:
         sample.texts.append(delta.text)
         sample.token_ids += delta.token_ids
         sample.logprobs += delta.logprobs
+        sample.reasoning.append(delta.reasoning)
+        for piece in delta.tool_calls:
+            call = sample.tool_calls.setdefault(piece.index, types_pb2.ToolCall(index=piece.index))
+            call.id, call.name = call.id or piece.id, call.name or piece.name
+            call.arguments += piece.arguments
         if delta.finish_reason:
             sample.finish_reason = FINISH_NAMES.get(delta.finish_reason, "unknown")
             sample.stop_reason = delta.stop_reason
@@ -133,4 +144,6 @@ def _finished(item: _Sample) -> Sample:
         finish_reason=item.finish_reason,
         stop_reason=item.stop_reason,
         logprobs=tuple(item.logprobs),
+        tool_calls=tuple(item.tool_calls.values()),
+        reasoning="".join(item.reasoning),
     )

@@ -17,6 +17,7 @@ from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 from phalanx.protos.specs import DTYPE_BYTES, DType, foreign_formats
 
+from .tools.formats import FORMAT_NAMES
 from .units import is_loopback, parse_bytes
 
 MIB = 2**20
@@ -102,6 +103,14 @@ class ClusterConfig:
         choices=KV_DTYPES,
     )
     device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
+    chat_template: str | None = _option(
+        None, "A Jinja file in place of the model's own chat template.", unset="own"
+    )
+    tool_parser: str = _option(
+        "auto",
+        "How calls of tools are read from answers; auto goes by the chat template.",
+        choices=("auto", *FORMAT_NAMES),
+    )
     block_size: int = _option(16, "Tokens of a KV block.", low=1, high=1024)
     kv_tokens: int | None = _option(
         None, "Tokens that a replica's KV cache holds.", low=1, unset="auto"

@@ -11,8 +11,9 @@ from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 Prompt = str | Sequence[int]
-Messages = str | Sequence[Mapping[str, str]]
+Messages = str | Sequence[Mapping[str, Any]]
 
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 _FIELDS: dict[str, Any] = dict(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
@@ -36,7 +37,14 @@ def generate_request(
 def chat_request(
     messages: Messages, request_id: str, params: Mapping[str, Any]
 ) -> serving_pb2.ChatRequest:
-    """The same for a conversation; a text is one user's message."""
+    """The same for a conversation; a text is one user's message.
+
+    Beside sampling parameters there may be `tools` (functions in OpenAI's shape, or objects with
+    name, description and parameters), `tool_choice` ("auto", "none", "required" or a tool's name)
+    and `parallel_tool_calls`.
+    """
+    params = dict(params)
+    tools = {name: params.pop(name, None) for name in TOOL_FIELDS}
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     request = serving_pb2.ChatRequest(request_id=request_id, params=sampling_params(params))
@@ -47,7 +55,31 @@ def chat_request(
             raise InvalidArgument.of(
                 f"messages[{index}]", f"texts named role and content are needed: {error}"
             ) from None
+    _set_tools(request, **tools)
     return request
+
+
+def _set_tools(
+    request: serving_pb2.ChatRequest, tools: Any, tool_choice: Any, parallel_tool_calls: Any
+) -> None:
+    for index, tool in enumerate(tools or ()):
+        try:
+            values = dict(tool.get("function", tool))
+            if not isinstance(values.get("parameters", ""), str):
+                values["parameters"] = json.dumps(values["parameters"])
+            request.tools.add(**values)
+        except (AttributeError, TypeError, ValueError) as error:
+            text = f"a function's name, description and parameters are needed: {error}"
+            raise InvalidArgument.of(f"tools[{index}]", text) from None
+    if tool_choice in ("none", "required"):
+        none = tool_choice == "none"
+        request.tool_use = types_pb2.TOOL_USE_NONE if none else types_pb2.TOOL_USE_REQUIRED
+    elif isinstance(tool_choice, str) and tool_choice != "auto":
+        request.tool_use, request.tool_name = types_pb2.TOOL_USE_REQUIRED, tool_choice
+    elif tool_choice not in (None, "auto"):
+        text = f"{tool_choice!r:.80} is not auto, none, required or the name of a tool"
+        raise InvalidArgument.of("tool_choice", text)
+    request.single_tool_call = parallel_tool_calls is False
 
 
 def sampling_params(params: Mapping[str, Any]) -> types_pb2.SamplingParams:

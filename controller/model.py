@@ -47,10 +47,13 @@ class ServedModel:
     max_context: int
 
 
-def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedModel:
+def resolve_model(
+    name_or_path: str, max_context: int | None = None, chat_template: str | None = None
+) -> ServedModel:
     """Find a model by name (`smollm2`) or path, and check its headers, config and tokenizer.
 
-    No weight is read and nothing is downloaded. Raises `ModelError` for a model that is missing,
+    No weight is read and nothing is downloaded. chat_template: a file in place of the model's own
+    template. Raises `ModelError` for a model that is missing,
     corrupt, incomplete or unsupported, `ConfigError` for a `max_context` that it does not have.
     """
     known = name_or_path == "smollm2"
@@ -70,16 +73,27 @@ def resolve_model(name_or_path: str, max_context: int | None = None) -> ServedMo
     if max_context is not None and scaling in ("longrope", "dynamic"):
         # their frequencies depend on the length that is served
         spec = msgspec.structs.replace(spec, max_context=max_context)
+    template = None if chat_template is None else _operators_template(Path(chat_template))
     return ServedModel(
         name=name_or_path if known else path.stem if path.is_file() else path.name,
         checkpoint=str(path),
         spec=spec,
         tokenizer=loaded.tokenizer,
-        chat_template=loaded.chat_template,
+        chat_template=loaded.chat_template if template is None else template,
         special_tokens=loaded.special_tokens,
         eos_token_ids=loaded.eos_token_ids,
         max_context=max_context or spec.max_context,
     )
+
+
+def _operators_template(path: Path) -> str:
+    text = _read_text(path, 4 * MAX_TEMPLATE_CHARS)
+    if text is None or len(text) > MAX_TEMPLATE_CHARS:
+        raise ConfigError(
+            f"chat_template is {str(path)!r}: a file of at most {MAX_TEMPLATE_CHARS} characters is "
+            "needed"
+        )
+    return text
 
 
 def known_families() -> dict[str, tuple[FamilyRecord, Features]]:

@@ -63,9 +63,10 @@ class Offline:
     def __init__(self, model: str, *, observer: Observer | None = None, **settings: Any) -> None:
         """observer: told about every step."""
         self._config = _config(model, settings)
-        self._served = resolve_model(model, self._config.max_context)
+        self._served = resolve_model(model, self._config.max_context, self._config.chat_template)
         plan_unplaced(self._config, self._served)
-        self._admission, self._texts = Admission(self._served), TokenTexts(self._served.tokenizer)
+        self._admission = Admission(self._served, self._config.tool_parser)
+        self._texts = TokenTexts(self._served.tokenizer)
         self._events: queue.SimpleQueue[Sequence[TokenEvent] | GroupLost] = queue.SimpleQueue()
         self._numbers = itertools.count()
         starter = ReplicaStarter(
@@ -176,7 +177,9 @@ class _Job:
         stop_sample: Callable[[int], None],
     ) -> None:
         self.name, self._admitted = name, admitted
-        self._answer = Answer(texts, admitted.params, admitted.prompt_token_ids, stop_sample)
+        self._answer = Answer(
+            texts, admitted.params, admitted.prompt_token_ids, stop_sample, tools=admitted.tools
+        )
         self._collector = Collector()
         self._begun = False
         self._error: PhalanxError | None = None

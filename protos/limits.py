@@ -29,6 +29,11 @@ MAX_LOGIT_BIAS = 300  # entries
 MAX_NGRAM_SIZE = 64
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_CHOICES = 256
+MAX_TOOLS = 128
+MAX_TOOLS_BYTES = 256 * 1024  # names, descriptions and schemas of one request
+MAX_TOOL_NAME_CHARS = 64
+MAX_TOOL_DEPTH = 32  # of a schema, or of a call's arguments
+MAX_TOOL_CALLS = 256  # of one message
 
 TEMPERATURE_RANGE = (0.0, 10.0)
 TOP_P_RANGE = (0.0, 1.0)  # 0 excluded

@@ -58,7 +58,7 @@ def plan(
     from phalanx.controller.model import resolve_model
 
     config = load_config(None, {"model": model} | flags)
-    served = resolve_model(config.model, config.max_context)
+    served = resolve_model(config.model, config.max_context, config.chat_template)
     memory = plan_unplaced(config, served)
     console = Console(highlight=False)
     spec = served.spec

@@ -9,6 +9,7 @@ import grpc
 import msgspec
 
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
+from phalanx.controller.tools.formats import Reading
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.status import decode
@@ -26,6 +27,8 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     params: SamplingParams
     arrival: float
     deadline: float | None
+    tools: Reading | None = None
+    """How calls of tools are read from the answer."""
 
 
 class _Error(msgspec.Struct, frozen=True, array_like=True):

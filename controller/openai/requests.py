@@ -28,6 +28,8 @@ from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .constraints import read_response_format, read_structured_outputs
 from .fields import Fields, as_number, is_text, is_token_id, refuse, shown
+from .tools import NAMES as TOOL_NAMES
+from .tools import read_calls, read_tools
 
 WITHOUT_EFFECT = (
     "metadata",
@@ -65,10 +67,10 @@ _UNSUPPORTED = (
     "moderation",
     "prediction",
     "reasoning_effort",
-    "tools",
     "verbosity",
     "web_search_options",
 )
+_CALLED = re.compile(r"^(tools\[\d+\]|messages\[\d+\]\.tool_calls\[\d+\])\.(.*)")
 _DIGITS = re.compile(r"[0-9]{1,10}")
 
 
@@ -97,6 +99,7 @@ class Asked:
 
     def _caller_name(self, field: str, at: int) -> str:
         name = field.removeprefix("params.")
+        name = _CALLED.sub(r"\1.function.\2", name)
         head = re.split(r"[.\[]", name, maxsplit=1)[0]
         if head in ("text", "token_ids"):
             place = f"[{at}]" if len(self.messages) > 1 else ""
@@ -107,7 +110,8 @@ class Asked:
 def read_chat(body: Mapping[str, Any], model: str, request_id: str) -> Asked:
     """Of `/v1/chat/completions`. Raises `InvalidArgument`, or `NotFound` for another model."""
     fields = Fields(body, [])
-    params, names = types_pb2.SamplingParams(), {"include_stop": "include_stop_str_in_output"}
+    params = types_pb2.SamplingParams()
+    names = {"include_stop": "include_stop_str_in_output", **TOOL_NAMES}
     _read_model(fields, model)
     messages = _messages(fields)
     longest = fields.integer("max_completion_tokens", 1, INT32_MAX)
@@ -126,12 +130,12 @@ def read_chat(body: Mapping[str, Any], model: str, request_id: str) -> Asked:
     fields.only("modalities", (["text"],), 'only ["text"] is')
     read_response_format(fields, params)
     names["grammar"] = "response_format" if params.HasField("grammar") else "structured_outputs"
-    fields.only("tool_choice", ("none", "auto"), "only none and auto are, as there are no tools")
-    fields.only("parallel_tool_calls", (True, False), "true and false are, as there are no tools")
+    request = serving_pb2.ChatRequest(request_id=request_id, messages=messages)
+    read_tools(fields, request)
     for name in _UNSUPPORTED:
         fields.only(name, ([],), "leave it out")
     stream, usage = _read_shared(fields, params)
-    request = serving_pb2.ChatRequest(request_id=request_id, messages=messages, params=params)
+    request.params.CopyFrom(params)
     return _asked([request], params, stream, usage, names)
 
 
@@ -293,12 +297,14 @@ def _message(given: object, path: str, violations: list[FieldViolation]) -> type
     elif not is_text(content):
         fields.refuse("content", f"{shown(content)} is neither a text nor a list of parts")
         content = ""
-    for name in ("audio", "function_call", "name", "refusal", "tool_call_id"):
+    for name in ("audio", "function_call", "refusal"):
         fields.only(name, (), "leave it out")
-    for name in ("annotations", "tool_calls"):  # empty in answers that are sent back
-        fields.only(name, ([],), "leave it out")
+    fields.only("annotations", ([],), "leave it out")  # empty in answers that are sent back
+    fields.ignore(("reasoning_content",))  # templates leave out what was thought before
+    message = types_pb2.ChatMessage(role=role or "", content=content)
+    read_calls(fields, message)
     fields.finish()
-    return types_pb2.ChatMessage(role=role or "", content=content)
+    return message
 
 
 def _parts(parts: list[Any], path: str, violations: list[FieldViolation]) -> str:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from phalanx.controller.server.answer import Response
 from phalanx.protos.v1 import types_pb2
 
+from .tools import call_chunks, shown_calls
+
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
 
@@ -30,6 +32,9 @@ class _Sample:
         self.texts: list[str] = []
         self.scores: list[types_pb2.PositionLogprobs] = []
         self.finish: str | None = None
+        self.reasoning: list[str] = []
+        self.calls: list[types_pb2.ToolCall] = []
+        """Pieces of calls, or, of a stream, the last one."""
         self.offset = 0
         """Characters of all scored tokens that were shown."""
 
@@ -61,14 +66,14 @@ class Shape:
         return self._head | {"object": self.chunk_object, "choices": [], "usage": self._counts()}
 
     def _choices(self, delta: types_pb2.SampleDelta) -> Iterator[dict[str, Any]]:
-        finish = _FINISH.get(delta.finish_reason)
-        if not delta.text and not delta.logprobs and finish is None:
-            return  # a character is not whole yet
         sample = self._samples[delta.index]
+        sample.calls = [*delta.tool_calls] or sample.calls
+        finish = _finish(delta, sample)
+        piece = self._piece(delta)
+        if not any(piece.values()) and not delta.logprobs and finish is None:
+            return  # a character is not whole yet
         scores = self._scores(list(delta.logprobs), sample) if delta.logprobs else None
-        yield {"index": delta.index, "logprobs": scores, "finish_reason": finish} | self._piece(
-            delta.text
-        )
+        yield {"index": delta.index, "logprobs": scores, "finish_reason": finish} | piece
 
     # --- as a whole ---
 
@@ -79,7 +84,9 @@ class Shape:
             sample = self._samples[delta.index]
             sample.texts.append(delta.text)
             sample.scores += delta.logprobs
-            sample.finish = _FINISH.get(delta.finish_reason, sample.finish)
+            sample.reasoning.append(delta.reasoning)
+            sample.calls += delta.tool_calls
+            sample.finish = _finish(delta, sample) or sample.finish
 
     def whole(self) -> dict[str, Any]:
         """The whole answer."""
@@ -89,7 +96,7 @@ class Shape:
                 "logprobs": self._scores(sample.scores, sample) if self._scored else None,
                 "finish_reason": sample.finish,
             }
-            | self._content("".join(sample.texts))
+            | self._content(sample)
             for index, sample in enumerate(self._samples)
         ]
         shown = {"object": self.whole_object, "choices": choices, "usage": self._counts()}
@@ -112,10 +119,10 @@ class Shape:
             "prompt_tokens_details": {"cached_tokens": self._usage.cached_prompt_tokens},
         }
 
-    def _piece(self, text: str) -> dict[str, Any]:
+    def _piece(self, delta: types_pb2.SampleDelta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, sample: _Sample) -> dict[str, Any]:
         raise NotImplementedError
 
     def _scores(
@@ -141,11 +148,22 @@ class ChatShape(Shape):
             yield {"index": delta.index, "delta": begin, "logprobs": None, "finish_reason": None}
         yield from super()._choices(delta)
 
-    def _piece(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def _piece(self, delta: types_pb2.SampleDelta) -> dict[str, Any]:
+        piece: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.reasoning:
+            piece["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            piece["tool_calls"] = call_chunks(list(delta.tool_calls))
+        return {"delta": piece}
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _content(self, sample: _Sample) -> dict[str, Any]:
+        text, reasoning = "".join(sample.texts), "".join(sample.reasoning)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if sample.calls:
+            message |= {"content": text or None, "tool_calls": shown_calls(sample.calls)}
+        return {"message": message}
 
     def _scores(
         self, positions: list[types_pb2.PositionLogprobs], sample: _Sample
@@ -162,10 +180,11 @@ class CompletionShape(Shape):
 
     chunk_object = whole_object = "text_completion"
 
-    def _piece(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _piece(self, delta: types_pb2.SampleDelta) -> dict[str, Any]:
+        return {"text": delta.text}
 
-    _content = _piece
+    def _content(self, sample: _Sample) -> dict[str, Any]:
+        return {"text": "".join(sample.texts)}
 
     def _scores(
         self, positions: list[types_pb2.PositionLogprobs], sample: _Sample
@@ -181,6 +200,12 @@ class CompletionShape(Shape):
             "top_logprobs": [_by_text(item) for item in positions],
             "text_offset": offsets,
         }
+
+
+def _finish(delta: types_pb2.SampleDelta, sample: _Sample) -> str | None:
+    """Why a sample ended, if it has; a stop after calls is for their sake."""
+    finish = _FINISH.get(delta.finish_reason)
+    return "tool_calls" if finish == "stop" and sample.calls else finish
 
 
 def _finite(logprob: float) -> float:

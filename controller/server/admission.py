@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import re
 import secrets
 import threading
@@ -12,10 +14,10 @@ from dataclasses import dataclass
 import msgspec
 
 from phalanx.controller.model import ServedModel
+from phalanx.controller.tools.formats import FORMATS, Reading, Tool, detect, forced_calls
 from phalanx.protos.errors import FieldViolation, InvalidArgument, ModelError
 from phalanx.protos.grammars import GrammarCompiler
 from phalanx.protos.limits import (
-    MAX_CHAT_MESSAGES,
     MAX_DETOKENIZE_IDS,
     MAX_MESSAGE_BYTES,
     MAX_N,
@@ -27,9 +29,9 @@ from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .chat import ChatTemplate
+from .conversation import plain_messages, read_tools, template_tools
 from .convert import check_params, read_params, unknown_fields
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SHOWN_IDS = 8
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:\-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
@@ -45,6 +47,8 @@ class Admitted:
     params: SamplingParams
     fingerprint: bytes = b""
     """Of the body, where the caller chose the id; the same body has the same one."""
+    tools: Reading | None = None
+    """How calls of tools are read from the answer."""
 
 
 class Admission:
@@ -53,7 +57,7 @@ class Admission:
     Safe to call from several threads.
     """
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, tool_parser: str = "auto") -> None:
         self._model, self._tokenizer = model, model.tokenizer
         self._vocab_size = model.spec.vocab_size
         self._grammars: GrammarCompiler | None = None
@@ -63,6 +67,15 @@ class Admission:
             if model.chat_template is None
             else ChatTemplate(model.chat_template, model.special_tokens)
         )
+
+        found = detect(model.chat_template or "") if tool_parser == "auto" else tool_parser
+        self._format = found if self._template is not None else None
+
+    @property
+    def tool_parser(self) -> str:
+        """The format in which tools are called; "" where `chat` takes none."""
+        takes = self._template is not None and self._template.takes_tools
+        return self._format or "" if takes else ""
 
     @property
     def has_chat_template(self) -> bool:
@@ -79,8 +92,17 @@ class Admission:
     def chat(self, request: serving_pb2.ChatRequest) -> Admitted:
         """Raises `InvalidArgument`, or `ModelError` for a model without a chat template."""
         violations = unknown_fields(request)
-        prompt = self._conversation(list(request.messages), violations)
-        return self._admit(request, prompt, "messages", violations)
+        original, known = request, len(violations)
+        request = serving_pb2.ChatRequest.FromString(original.SerializeToString())
+        tools = read_tools(request, violations)
+        reading = None if len(violations) > known else self._reading(request, tools, violations)
+        prompt = self._conversation(request, tools, violations)
+        try:
+            admitted = self._admit(request, prompt, "messages", violations)
+        except InvalidArgument as error:
+            raise _about_tools(error, request, original) from None
+        fingerprint = _fingerprint(original) if original.request_id else b""
+        return dataclasses.replace(admitted, fingerprint=fingerprint, tools=reading)
 
     def tokenize(self, request: serving_pb2.TokenizeRequest) -> list[int]:
         """Raises `InvalidArgument`."""
@@ -157,35 +179,66 @@ class Admission:
         return []
 
     def _conversation(
-        self, messages: list[types_pb2.ChatMessage], violations: Violations
+        self, request: serving_pb2.ChatRequest, tools: list[Tool], violations: Violations
     ) -> list[int]:
         if self._template is None:
             raise ModelError(
                 f"model {self._model.name} has no chat template; Generate takes its text"
             )
-        known = len(violations)
-        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-            allowed = f"1 to {MAX_CHAT_MESSAGES} allowed"
-            violations.append(FieldViolation("messages", f"{len(messages)} entries, {allowed}"))
+        messages = plain_messages(request.messages, violations)
+        if violations:
             return []
-        for index, message in enumerate(messages):
-            field = f"messages[{index}]"
-            if message.role not in ROLES:
-                text = f"{message.role!r:.40} is not one of {', '.join(ROLES)}"
-                violations.append(FieldViolation(f"{field}.role", text))
-            if not message.content and message.role != "assistant":
-                text = "is empty, a text is allowed; only an assistant's may be empty"
-                violations.append(FieldViolation(f"{field}.content", text))
-        _check_size("messages", "".join(item.content for item in messages), violations)
-        if len(violations) > known:
-            return []
-        plain = [{"role": item.role, "content": item.content} for item in messages]
         try:
             # the template writes the special tokens itself
-            return self._encode(self._template.render(plain), special=False)
+            shown = () if request.tool_use == types_pb2.TOOL_USE_NONE else template_tools(tools)
+            return self._encode(self._template.render(messages, shown), special=False)
         except InvalidArgument as error:
             violations += error.violations
             return []
+
+    def _reading(
+        self, request: serving_pb2.ChatRequest, tools: list[Tool], violations: Violations
+    ) -> Reading | None:
+        """How the answer is read, and into the parameters what it needs of them."""
+        active = bool(tools) and request.tool_use != types_pb2.TOOL_USE_NONE
+        name, params = self._format, request.params
+        if active and self._template is not None and not self.tool_parser:
+            raise ModelError(self._no_tools())
+        if name is None or not (active or name == "harmony"):
+            return None
+        constrained = params.HasField("grammar")
+        if constrained and active:
+            text = "is not allowed beside tools, which say what calls look like"
+            violations.append(FieldViolation("params.grammar", text))
+        elif constrained:
+            return None
+        if FORMATS[name].special:
+            params.skip_special_tokens = False
+        single = request.single_tool_call
+        read_as = name
+        if request.tool_use == types_pb2.TOOL_USE_REQUIRED:
+            # no grammar speaks of Python's literals: JSON is asked for there
+            read_as = "json" if name == "pythonic" else name
+            allowed = [tool for tool in tools if request.tool_name in ("", tool.name)]
+            forced = forced_calls(name, allowed, self._spelled, single=single)
+            params.grammar.lark = forced.text
+        names = tuple(tool.name for tool in tools) if active else ()
+        return Reading(read_as, names, single)
+
+    def _no_tools(self) -> str:
+        if self._template is not None and self._template.takes_tools:
+            return (
+                f"model {self._model.name} writes calls of tools in a format that is not known "
+                f"here; tool_parser may be one of {', '.join(FORMATS)}"
+            )
+        return f"model {self._model.name} has a chat template that takes no tools"
+
+    def _spelled(self, marker: str) -> str:
+        """A marker for a grammar: the one token that it is, where that is special."""
+        token = self._tokenizer.token_to_id(marker)
+        if token is not None and self._tokenizer.get_added_tokens_decoder()[token].special:
+            return f"<[{token}]>"
+        return json.dumps(marker)
 
     def _admit(
         self,
@@ -269,6 +322,22 @@ def _fingerprint(request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest)
     body.ClearField("request_id")
     kind = type(request).DESCRIPTOR.full_name.encode()
     return hashlib.sha256(kind + b"\0" + body.SerializeToString(deterministic=True)).digest()
+
+
+def _about_tools(
+    error: InvalidArgument, asked: serving_pb2.ChatRequest, original: serving_pb2.ChatRequest
+) -> InvalidArgument:
+    """The refusal of a grammar that we made is one of the tools that it was made of."""
+    if not asked.params.HasField("grammar") or original.params.HasField("grammar"):
+        return error
+    return InvalidArgument(
+        [
+            FieldViolation("tools", f"cannot be kept to: {item.description}")
+            if item.field == "params.grammar"
+            else item
+            for item in error.violations
+        ]
+    )
 
 
 def _check_size(field: str, text: str, violations: Violations) -> bool:

@@ -7,11 +7,14 @@ batches into messages changes none of them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
+from phalanx.controller.tools.formats import Reading
+from phalanx.controller.tools.scanning import Piece, ToolReader
 from phalanx.protos.errors import (
     DeadlineExceeded,
     RequestFailed,
@@ -56,6 +59,8 @@ class _Piece:
     position: types_pb2.PositionLogprobs | None = None
     finish: FinishReason | None = None
     stop_reason: str = ""
+    found: Sequence[Piece] = ()
+    """What a reader of tool calls made of the text, where there is one."""
 
     def size(self) -> int:
         """About how many bytes it takes in a message."""
@@ -73,8 +78,10 @@ class Answer:
         prompt_token_ids: Sequence[int],
         stop_sample: Callable[[int], None],
         received: Received = Received(),
+        tools: Reading | None = None,
     ) -> None:
-        """received: is left out. stop_sample: told which samples have met a stop string."""
+        """received: is left out. stop_sample: told which samples have met a stop string. tools:
+        how calls are read from the text; None: it has none."""
         self._texts, self._params, self._prompt = texts, params, prompt_token_ids
         self._stop_sample, self._received = stop_sample, received
         self._samples = [
@@ -86,6 +93,10 @@ class Answer:
             )
             for _ in range(params.n)
         ]
+        self._tools = tools
+        self._readers: list[ToolReader] = (
+            [] if tools is None else [tools.reader() for _ in range(params.n)]
+        )
         self._reasons: list[FinishReason | None] = [None] * params.n
         self._pieces: deque[_Piece] = deque()
         self._unread = 0
@@ -201,12 +212,24 @@ class Answer:
         position = None
         if token.logprob is not None:
             position = self._position(token.logprob, token.top)
-        self._add(_Piece(index, first, token.token_id, text, position))
+        self._add(
+            _Piece(index, first, token.token_id, text, position, found=self._found(index, text))
+        )
 
     def _end(self, index: int, reason: FinishReason, text: str, stop_reason: str) -> None:
         self._reasons[index] = reason
         count = self._samples[index].count
-        self._add(_Piece(index, count, None, text, finish=reason, stop_reason=stop_reason))
+        found = self._found(index, text, last=True)
+        self._add(
+            _Piece(index, count, None, text, finish=reason, stop_reason=stop_reason, found=found)
+        )
+
+    def _found(self, index: int, text: str, *, last: bool = False) -> Sequence[Piece]:
+        """What the text says besides text, where calls are looked for."""
+        if not self._readers:
+            return ()
+        found = self._readers[index].push(text)
+        return [*found, *self._readers[index].finish()] if last else found
 
     def _add(self, piece: _Piece) -> None:
         had = self._received.tokens[piece.sample : piece.sample + 1]
@@ -270,13 +293,29 @@ class Answer:
                 )
                 texts[piece.sample] = []
             _extend(deltas[piece.sample], piece)
-            texts[piece.sample].append(piece.text)
+            if self._tools is None:
+                texts[piece.sample].append(piece.text)
+            for item in piece.found:
+                texts[piece.sample].append(item.text)
+                self._extend(deltas[piece.sample], item, request_id)
         self._room.set()
         for index, delta in deltas.items():
             delta.text = "".join(texts[index])
         if self.finished and not self._pieces:
             message.usage.CopyFrom(self.usage())
         return message
+
+    def _extend(self, delta: types_pb2.SampleDelta, found: Piece, request_id: str) -> None:
+        delta.reasoning += found.reasoning
+        if found.call is None or self._tools is None:
+            return
+        if found.name:
+            key = f"{request_id}/{delta.index}/{found.call}".encode()
+            call_id = self._tools.call_id(hashlib.sha256(key).hexdigest())
+            delta.tool_calls.add(index=found.call, id=call_id, name=found.name)
+        elif not delta.tool_calls or delta.tool_calls[-1].index != found.call:
+            delta.tool_calls.add(index=found.call)
+        delta.tool_calls[-1].arguments += found.arguments
 
     def usage(self) -> types_pb2.Usage:
         """The tokens counted so far."""

@@ -6,10 +6,11 @@ on what it may build and how long it may run (`sandbox`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 
 from phalanx.protos.errors import InvalidArgument, ModelError
 
@@ -31,11 +32,16 @@ class ChatTemplate:
         try:
             tree = bound(self._environment.parse(source))
             self._code = self._environment.compile(tree)
+            names = meta.find_undeclared_variables(self._environment.parse(source))
         except (TemplateError, RecursionError) as error:
             raise ModelError(f"the model's chat template is not usable: {_words(error)}") from None
+        self.takes_tools = "tools" in names
+        """Whether it shows the model what tools there are."""
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt up to where the assistant's answer begins.
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The prompt up to where the assistant's answer begins; tools as transformers has them.
 
         Raises `InvalidArgument` naming `messages` for a conversation that the template refuses.
         """
@@ -44,7 +50,11 @@ class ChatTemplate:
             environment, self._code, environment.make_globals(None)
         )
         values: dict[str, Any] = {**self._special, "messages": [dict(item) for item in messages]}
-        values |= {"tools": None, "documents": None, "add_generation_prompt": True}
+        values |= {
+            "tools": copy.deepcopy(list(tools)) or None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
             return template.render(values)
         except RaisedByTemplate as error:

@@ -61,14 +61,16 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         max_stall_s: float = MAX_STALL_S,
         journal: Journal | None = None,
         grace_s: float = GRACE_S,
+        tool_parser: str = "auto",
     ) -> None:
         """journal: where requests with ids of their callers' are kept; None: in memory. grace_s:
-        seconds that such a request outlives its call."""
+        seconds that such a request outlives its call. tool_parser: a
+        format of `tools.formats`; "auto": the template's."""
         self._engine, self._model, self._observer = engine, model, observer
         self._dtype, self._max_stall_s = dtype, max_stall_s
         self._texts = TokenTexts(model.tokenizer)
         self._sessions = Sessions(engine, journal or MemoryJournal(), self._texts, grace_s)
-        self._admission = Admission(model)
+        self._admission = Admission(model, tool_parser)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._answers: set[Answer] = set()
         self._idle = asyncio.Event()
@@ -177,6 +179,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             admitted.params,
             admitted.prompt_token_ids,
             lambda index: self._engine.stop_sample(admitted.request_id, index, tenant),
+            tools=admitted.tools,
         )
         events = self._engine.submit(
             request_id=admitted.request_id,
@@ -194,7 +197,12 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """A request that outlives its call."""
         header = session.header
         answer = Answer(
-            self._texts, header.params, header.prompt_token_ids, lambda index: None, received
+            self._texts,
+            header.params,
+            header.prompt_token_ids,
+            lambda index: None,
+            received,
+            header.tools,
         )
         with self._sessions.reading(session) as events:
             reading = _read(events, answer, at_ease=True)
@@ -285,6 +293,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             eos_token_ids=model.eos_token_ids,
             has_chat_template=self._admission.has_chat_template,
             server_version=importlib.metadata.version("phalanx"),
+            tool_parser=self._admission.tool_parser,
         )
 
     async def GetClusterState(

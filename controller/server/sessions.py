@@ -229,6 +229,7 @@ class Sessions:
             params=admitted.params,
             arrival=now,
             deadline=None if deadline is None else now + deadline - time.monotonic(),
+            tools=admitted.tools,
         )
         session = Session(Kept(self._journal.begin(header), header, []), self._texts)
         self._follow(session, deadline, again=False)

@@ -43,9 +43,11 @@ def front(serve: Any) -> Callable[..., Any]:
         token: str = "none",
         verify: Any = True,
         service: dict[str, Any] | None = None,
+        model: Any = None,
         **options: Any,
     ) -> AsyncIterator[Front]:
-        async with serve(script, service=service) as served:
+        chosen = {} if model is None else {"model": model}
+        async with serve(script, service=service, **chosen) as served:
             host = OpenAIHost(served.service, **options)
             await host.start()
             own = openai.DefaultAsyncHttpxClient(verify=verify)

@@ -52,8 +52,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/chat/completions", {"logprobs": 3}, "logprobs"),
     ("/chat/completions", {"stop_token_ids": [-1]}, "stop_token_ids"),
     ("/chat/completions", {"stop_token_ids": [100000]}, "stop_token_ids[0]"),
-    ("/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
-    ("/chat/completions", {"tool_choice": "required"}, "tool_choice"),
+    ("/chat/completions", {"tools": [{"type": "function"}]}, "tools[0].function"),
+    ("/chat/completions", {"tool_choice": "required"}, "tools"),
     ("/chat/completions", {"response_format": "json"}, "response_format"),
     ("/chat/completions", {"response_format": {"type": "xml"}}, "response_format.type"),
     (
