@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster, ray_fleet, strategy
+from .cluster.ray_fleet import RayCluster, RayFleet, ray_fleet, strategy
 from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
+from .cluster.spares import SparePool
 from .config import ClusterConfig
 from .engine import AsyncEngine
 from .journal.file import JournalFile, Sync
@@ -82,15 +84,26 @@ async def start_cluster(
         metrics = Metrics()
         journal = await _open_journal(config, metrics, stack)
         ranks = config.ranks_per_replica * config.replicas
+        standing = config.ranks_per_replica * config.spares
         verbose = config.log_level == "debug"
-        ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
+        ray = await asyncio.to_thread(
+            RayCluster, config.ray_address, ranks + standing, verbose=verbose
+        )
         stack.push_async_callback(asyncio.to_thread, ray.close)
         least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
         device = ray.device(config.device, least)
         engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
-        starter = ReplicaStarter(config, served, device, engine, metrics, progress, ray_fleet)
+        spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
+        starter = ReplicaStarter(
+            config, served, device, engine, metrics, progress, ray_fleet, _taker(spares)
+        )
         supervisor = Supervisor(
-            engine, config.replicas, starter.start, _desired(config), lambda: ray.free(device)
+            engine,
+            config.replicas,
+            starter.start,
+            _desired(config),
+            lambda: ray.free(device),
+            spares if config.spares else None,
         )
         stack.push_async_callback(supervisor.close)
         await supervisor.start_all(min_tp=config.min_tp)
@@ -128,6 +141,16 @@ async def start_cluster(
         )
 
 
+def _taker(spares: SparePool) -> Callable[[bool], RayFleet | None]:
+    def take(fits: bool) -> RayFleet | None:
+        if fits:
+            return spares.take(RayFleet)
+        spares.clear()
+        return None
+
+    return take
+
+
 def _desired(config: ClusterConfig) -> Desired:
     return Desired(
         tp=config.tp,
@@ -135,6 +158,7 @@ def _desired(config: ClusterConfig) -> Desired:
         min_tp=config.min_tp or 1,
         placement=strategy(config.placement, config.pp),
         shrink_after_s=config.shrink_after_s,
+        spares=config.spares,
     )
 
 

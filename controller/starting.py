@@ -69,10 +69,13 @@ class ReplicaStarter:
         observer: Observer,
         console: Console | None,
         make_fleet: MakeFleet,
+        take_spare: Callable[[bool], PlacedFleet | None] = lambda fits: None,
     ) -> None:
+        """take_spare: a fleet that stands by, if there is one; not fits: all spares give up their
+        places, as a group of another size is to start."""
         self._config, self._served, self._device = config, served, device
         self._listener, self._observer, self._console = listener, observer, console
-        self._make_fleet = make_fleet
+        self._make_fleet, self._take_spare = make_fleet, take_spare
 
     @property
     def dtype(self) -> str:
@@ -134,7 +137,7 @@ class ReplicaStarter:
         config = self._config
         if tp != config.tp:
             config = dataclasses.replace(config, tp=tp, min_tp=None)
-        fleet = self._make_fleet(config, self._device)
+        fleet = self._take_spare(tp == self._config.tp) or self._make_fleet(config, self._device)
         try:
             nodes = fleet.reserve()
             spec, memory = size_group(config, self._served, self._device, nodes, epoch=epoch)
