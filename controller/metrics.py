@@ -55,9 +55,9 @@ class Row:
         labels = (self.label,) if self.label else ()
         if self.kind is Histogram:
             return Histogram(
-                f"phalanx_{self.name}", self.help, labels, registry=registry, buckets=self.buckets
+                self.page_name, self.help, labels, registry=registry, buckets=self.buckets
             )
-        return self.kind(f"phalanx_{self.name}", self.help, labels, registry=registry)
+        return self.kind(self.page_name, self.help, labels, registry=registry)
 
 
 TABLE = (

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.controller.server.constraints import is_text
 from phalanx.protos.errors import FieldViolation, InvalidArgument, NotFound
 from phalanx.protos.limits import (
     MAX_CHAT_MESSAGES,
@@ -27,7 +28,7 @@ from phalanx.protos.limits import (
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .constraints import read_response_format, read_structured_outputs
-from .fields import Fields, as_number, is_text, is_token_id, refuse, shown
+from .fields import Fields, as_number, is_token_id, refuse, shown
 
 WITHOUT_EFFECT = (
     "metadata",

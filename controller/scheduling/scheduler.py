@@ -29,7 +29,6 @@ from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.errors import (
     AlreadyExists,
     GroupLost,
-    PhalanxError,
     RequestFailed,
     ResourceExhausted,
 )
@@ -190,17 +189,6 @@ class Scheduler:
         if result.step != due:
             raise GroupLost(f"the result of step {result.step} came, that of {due} is due")
         return list(self._events(self._in_flight.popleft(), result))
-
-    def abort_all(self, error: PhalanxError) -> Sequence[TokenEvent]:
-        """End every sample with `error`, and forget the plans in flight: the ranks are gone."""
-        self._in_flight.clear()
-        samples = [sample for group in self._requests.values() for sample in group.values()]
-        events = [
-            self._end(sample, sample.event(finish=FinishReason.ERROR, error=error))
-            for sample in samples
-        ]
-        self._planner.dismissed.clear()
-        return events
 
     def drain_queue_times(self) -> list[float]:
         """Seconds from arrival to the first step, of the requests begun since the last call."""

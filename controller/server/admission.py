@@ -7,6 +7,7 @@ import re
 import secrets
 import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -108,32 +109,34 @@ class Admission:
 
     def abort(self, request: serving_pb2.AbortRequest) -> str:
         """The id to abort. Raises `InvalidArgument`."""
-        violations = unknown_fields(request)
-        if not request.request_id:
-            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
-        self._request_id(request.request_id, violations)
-        _refuse(violations)
-        return request.request_id
+        return self._named(request)
 
     def explain(self, request: serving_pb2.ExplainPlacementRequest) -> str:
         """The id that is asked about. Raises `InvalidArgument`."""
-        violations = unknown_fields(request)
-        if not request.request_id:
-            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
-        self._request_id(request.request_id, violations)
-        _refuse(violations)
-        return request.request_id
+        return self._named(request)
 
     def resume(self, request: serving_pb2.ResumeRequest) -> None:
         """Raises `InvalidArgument`."""
+        violations: Violations = []
+        if len(request.next_index) > MAX_N:
+            text = f"{len(request.next_index)} entries, at most {MAX_N} allowed"
+            violations.append(FieldViolation("next_index", text))
+        self._named(request, violations)
+
+    def _named(
+        self,
+        request: serving_pb2.AbortRequest
+        | serving_pb2.ExplainPlacementRequest
+        | serving_pb2.ResumeRequest,
+        others: Sequence[FieldViolation] = (),
+    ) -> str:
+        """The id that a call about another request names; `others`: what else is wrong with it."""
         violations = unknown_fields(request)
         if not request.request_id:
             violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
         self._request_id(request.request_id, violations)
-        if len(request.next_index) > MAX_N:
-            text = f"{len(request.next_index)} entries, at most {MAX_N} allowed"
-            violations.append(FieldViolation("next_index", text))
-        _refuse(violations)
+        _refuse([*violations, *others])
+        return request.request_id
 
     def _prompt(self, request: serving_pb2.GenerateRequest, violations: Violations) -> list[int]:
         match request.WhichOneof("prompt"):
