@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .pace import Pace
-from .router import DISTURBANCE, UNMEASURED, Candidate, Decision, Request, Work
+from .router import DISTURBANCE, SUCCESSORS, UNMEASURED, Candidate, Decision, Request, Work
 
 EXPLAINED = 4
 """Estimates that a decision keeps."""
@@ -155,7 +155,7 @@ class Loads:
         left_s = work.output_tokens / max(work.streams, 1) * (pace.step_s or 0.0)
         return (
             work.queue_tokens / rate + work.streams * (pace.stream_s or 0.0),
-            (1.0 + DISTURBANCE * work.streams) / rate,
+            (1.0 + SUCCESSORS + DISTURBANCE * work.streams) / rate,
             work.streams,
             row.places - work.streams if row.places else UNBOUNDED,
             left_s / row.places if row.places else 0.0,
