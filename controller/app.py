@@ -24,10 +24,12 @@ from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
 from .model import resolve_model
 from .openai.host import OpenAIHost
+from .quotas import MeteredEngine
 from .server.host import GrpcHost
 from .server.service import InferenceService
 from .starting import ReplicaStarter
 from .supervisor import Supervisor
+from .tenants import read_tenants
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
@@ -81,6 +83,7 @@ async def start_cluster(
     async with AsyncExitStack() as stack:
         served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
         plan_unplaced(config, served)
+        tenants = read_tenants(config.tenants_file)
         metrics = Metrics()
         journal = await _open_journal(config, metrics, stack)
         ranks = config.ranks_per_replica * config.replicas
@@ -95,7 +98,7 @@ async def start_cluster(
         engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
         spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
         starter = ReplicaStarter(
-            config, served, device, engine, metrics, progress, ray_fleet, _taker(spares)
+            config, served, device, engine, metrics, progress, ray_fleet, _taker(spares), tenants
         )
         supervisor = Supervisor(
             engine,
@@ -110,7 +113,7 @@ async def start_cluster(
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
-            engine,
+            MeteredEngine(engine, tenants, metrics),
             served,
             metrics,
             dtype=starter.dtype,

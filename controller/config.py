@@ -84,7 +84,22 @@ class ClusterConfig:
     max_tokens_per_step: int = option(512, "Tokens computed in one step at most.", low=1)
     max_running: int = option(64, "Requests computed together at most.", low=1, high=65536)
     max_queued: int = option(
-        DEFAULT_MAX_QUEUED_REQUESTS, "Requests waiting at most; more are refused.", low=1
+        DEFAULT_MAX_QUEUED_REQUESTS,
+        "Requests of one tenant waiting at most; more are refused.",
+        low=1,
+    )
+    max_bypass: int = option(
+        1024,
+        "Requests of other tenants that may go before a tenant's next one, whatever the shares.",
+        low=0,
+        group="Advanced",
+    )
+    aging_s: float = option(
+        10.0,
+        "Seconds of waiting that make up for one step of priority.",
+        low=0.001,
+        high=86400,
+        group="Advanced",
     )
     max_in_flight: int = option(
         2,
@@ -147,6 +162,12 @@ class ClusterConfig:
         "operator",
         "Tenants who may restart replicas, separated by commas; without token and TLS, all of this "
         "machine may.",
+        group="Security",
+    )
+    tenants_file: str | None = option(
+        None,
+        "TOML file of what tenants may have: weights, quotas, priorities.",
+        unset="off",
         group="Security",
     )
     insecure: bool = option(

@@ -13,6 +13,7 @@ from phalanx.protos.v1 import serving_pb2, types_pb2
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Mapping[str, str]]
 
+_OPTIONS = frozenset(serving_pb2.RequestOptions.DESCRIPTOR.fields_by_name)
 _FIELDS: dict[str, Any] = dict(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
@@ -21,7 +22,8 @@ def generate_request(
 ) -> serving_pb2.GenerateRequest:
     """Raises `TypeError` for an unknown parameter, `InvalidArgument` for a value that no message
     can hold; ranges are checked by the server."""
-    request = serving_pb2.GenerateRequest(request_id=request_id, params=sampling_params(params))
+    request = serving_pb2.GenerateRequest(request_id=request_id)
+    _set_params(request, params)
     if isinstance(prompt, str):
         request.text = prompt
         return request
@@ -39,7 +41,8 @@ def chat_request(
     """The same for a conversation; a text is one user's message."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    request = serving_pb2.ChatRequest(request_id=request_id, params=sampling_params(params))
+    request = serving_pb2.ChatRequest(request_id=request_id)
+    _set_params(request, params)
     for index, message in enumerate(messages):
         try:
             request.messages.add(**message)
@@ -48,6 +51,21 @@ def chat_request(
                 f"messages[{index}]", f"texts named role and content are needed: {error}"
             ) from None
     return request
+
+
+def _set_params(
+    request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest, given: Mapping[str, Any]
+) -> None:
+    """Sampling parameters, and beside them the fields of `RequestOptions`."""
+    params = {name: value for name, value in given.items() if name not in _OPTIONS}
+    request.params.CopyFrom(sampling_params(params))
+    for name in _OPTIONS & given.keys():
+        if given[name] is None:
+            continue
+        try:
+            setattr(request.options, name, given[name])
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument.of(f"options.{name}", str(error)) from None
 
 
 def sampling_params(params: Mapping[str, Any]) -> types_pb2.SamplingParams:

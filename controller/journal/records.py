@@ -26,6 +26,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     params: SamplingParams
     arrival: float
     deadline: float | None
+    priority: int = 0
 
 
 class _Error(msgspec.Struct, frozen=True, array_like=True):

@@ -17,18 +17,20 @@ from phalanx.protos.errors import FieldViolation, InvalidArgument, ModelError
 from phalanx.protos.grammars import GrammarCompiler
 from phalanx.protos.limits import (
     MAX_CHAT_MESSAGES,
+    MAX_DEADLINE_S,
     MAX_DETOKENIZE_IDS,
     MAX_MESSAGE_BYTES,
     MAX_N,
     MAX_REQUEST_ID_CHARS,
     MAX_TEXT_BYTES,
+    PRIORITY_RANGE,
     SEED_RANGE,
 )
 from phalanx.protos.sampling import Grammar, SamplingParams
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .chat import ChatTemplate
-from .convert import check_params, read_params, unknown_fields
+from .convert import check_params, read_params, shortest, unknown_fields
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHOWN_IDS = 8
@@ -44,6 +46,9 @@ class Admitted:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    deadline_s: float | None = None
+    """Seconds from the arrival in which it must be finished."""
     fingerprint: bytes = b""
     """Of the body, where the caller chose the id; the same body has the same one."""
 
@@ -204,13 +209,14 @@ class Admission:
         if params.grammar is not None and not violations:
             self._check_grammar(params.grammar, violations)
         self._check_room(prompt, field, params, violations)
+        priority, deadline_s = _read_options(request.options, violations)
         _refuse(violations)
         if not message.HasField("seed"):
             seed = secrets.randbelow(SEED_RANGE[1] + 1)
             params = msgspec.structs.replace(params, seed=seed)
-        if not request_id:
-            return Admitted(uuid.uuid4().hex, prompt, params)
-        return Admitted(request_id, prompt, params, _fingerprint(request))
+        mark = _fingerprint(request) if request_id else b""
+        request_id = request_id or uuid.uuid4().hex
+        return Admitted(request_id, prompt, params, priority, deadline_s, mark)
 
     def _check_room(
         self, prompt: list[int], field: str, params: SamplingParams, violations: Violations
@@ -272,6 +278,23 @@ def _fingerprint(request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest)
     body.ClearField("request_id")
     kind = type(request).DESCRIPTOR.full_name.encode()
     return hashlib.sha256(kind + b"\0" + body.SerializeToString(deterministic=True)).digest()
+
+
+def _read_options(
+    options: serving_pb2.RequestOptions, violations: Violations
+) -> tuple[int, float | None]:
+    """Priority, and seconds in which the request must be finished."""
+    low, high = PRIORITY_RANGE
+    if not low <= options.priority <= high:
+        text = f"{options.priority} is not an integer in [{low}, {high}]"
+        violations.append(FieldViolation("options.priority", text))
+    if not options.HasField("deadline_s"):
+        return options.priority, None
+    seconds = shortest(options.deadline_s)
+    if not 0.0 < seconds <= MAX_DEADLINE_S:
+        text = f"{seconds:g} is not above 0 and at most {MAX_DEADLINE_S:g}"
+        violations.append(FieldViolation("options.deadline_s", text))
+    return options.priority, seconds
 
 
 def _check_size(field: str, text: str, violations: Violations) -> bool:

@@ -229,6 +229,7 @@ class Sessions:
             params=admitted.params,
             arrival=now,
             deadline=None if deadline is None else now + deadline - time.monotonic(),
+            priority=admitted.priority,
         )
         session = Session(Kept(self._journal.begin(header), header, []), self._texts)
         self._follow(session, deadline, again=False)
@@ -311,6 +312,7 @@ class Sessions:
             params=header.params,
             tenant=header.tenant,
             deadline=deadline,
+            priority=header.priority,
             **(more if again else {}),
         )
         begun = again
