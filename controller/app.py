@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,21 +12,24 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster, ray_fleet, strategy
+from .cluster.ray_fleet import RayCluster, RayFleet, ray_fleet, strategy
 from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
+from .cluster.spares import SparePool
 from .config import ClusterConfig
 from .engine import AsyncEngine
 from .journal.file import JournalFile, Sync
 from .journal.memory import MemoryJournal
 from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
-from .model import resolve_model
+from .model import ServedModel, resolve_model
 from .openai.host import OpenAIHost
+from .quotas import MeteredEngine
 from .server.host import GrpcHost
 from .server.service import InferenceService
 from .starting import ReplicaStarter
 from .supervisor import Supervisor
+from .tenants import Tenants, read_tenants
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
@@ -81,25 +85,16 @@ async def start_cluster(
             resolve_model, config.model, config.max_context, config.chat_template
         )
         plan_unplaced(config, served)
+        tenants = read_tenants(config.tenants_file)
         metrics = Metrics()
         journal = await _open_journal(config, metrics, stack)
-        ranks = config.ranks_per_replica * config.replicas
-        verbose = config.log_level == "debug"
-        ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks, verbose=verbose)
-        stack.push_async_callback(asyncio.to_thread, ray.close)
-        least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
-        device = ray.device(config.device, least)
-        engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
-        starter = ReplicaStarter(config, served, device, engine, metrics, progress, ray_fleet)
-        supervisor = Supervisor(
-            engine, config.replicas, starter.start, _desired(config), lambda: ray.free(device)
+        engine, starter, supervisor = await _start_replicas(
+            config, served, tenants, metrics, stack, progress
         )
-        stack.push_async_callback(supervisor.close)
-        await supervisor.start_all(min_tp=config.min_tp)
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
-            engine,
+            MeteredEngine(engine, tenants, metrics),
             served,
             metrics,
             dtype=starter.dtype,
@@ -131,6 +126,50 @@ async def start_cluster(
         )
 
 
+async def _start_replicas(
+    config: ClusterConfig,
+    served: ServedModel,
+    tenants: Tenants,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    progress: Console | None,
+) -> tuple[AsyncEngine, ReplicaStarter, Supervisor]:
+    """Ray, and on it every replica, each of which has given a token."""
+    ranks = config.ranks_per_replica * config.replicas
+    standing = config.ranks_per_replica * config.spares
+    verbose = config.log_level == "debug"
+    ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks + standing, verbose=verbose)
+    stack.push_async_callback(asyncio.to_thread, ray.close)
+    least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
+    device = ray.device(config.device, least)
+    engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
+    spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
+    starter = ReplicaStarter(
+        config, served, device, engine, metrics, progress, ray_fleet, _taker(spares), tenants
+    )
+    supervisor = Supervisor(
+        engine,
+        config.replicas,
+        starter.start,
+        _desired(config),
+        lambda: ray.free(device),
+        spares if config.spares else None,
+    )
+    stack.push_async_callback(supervisor.close)
+    await supervisor.start_all(min_tp=config.min_tp)
+    return engine, starter, supervisor
+
+
+def _taker(spares: SparePool) -> Callable[[bool], RayFleet | None]:
+    def take(fits: bool) -> RayFleet | None:
+        if fits:
+            return spares.take(RayFleet)
+        spares.clear()
+        return None
+
+    return take
+
+
 def _desired(config: ClusterConfig) -> Desired:
     return Desired(
         tp=config.tp,
@@ -138,6 +177,7 @@ def _desired(config: ClusterConfig) -> Desired:
         min_tp=config.min_tp or 1,
         placement=strategy(config.placement, config.pp),
         shrink_after_s=config.shrink_after_s,
+        spares=config.spares,
     )
 
 

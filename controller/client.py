@@ -27,7 +27,8 @@ class Client(Connection):
     """A blocking client, safe to share between threads. Use it with `with`, or `close` it.
 
     Every method raises a `PhalanxError` of the server's kind. `params` are the fields of the
-    `SamplingParams` message; an unknown name is a `TypeError`.
+    messages `SamplingParams` and `RequestOptions`, such as `temperature`, `priority` and
+    `deadline_s`; an unknown name is a `TypeError`.
 
     address: "host:port". token: bearer token. root_certificates: PEM of the authority that signed
     the server's certificate; turns TLS on. certificate and private_key: the caller's own, PEM, for

@@ -15,49 +15,15 @@ from typing import Any, get_args
 
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
-from phalanx.protos.specs import DTYPE_BYTES, DType, foreign_formats
+from phalanx.protos.specs import DTYPE_BYTES, DType
 
+from .agreement import disagreements
+from .rules import Rule, option
 from .tools.formats import FORMAT_NAMES
 from .units import is_loopback, parse_bytes
 
 MIB = 2**20
 DTYPES, KV_DTYPES = ("auto", *get_args(DType)), ("auto", *DTYPE_BYTES)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a field allows, and how it is described.
-
-    `choices` or the closed range `low` to `high` bound the value. `unset` is the word that means
-    None in a file or flag ("auto", "off"); fields without one are never None. `size` accepts
-    texts such as "2GiB".
-    """
-
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    unset: str = ""
-    size: bool = False
-    group: str = "Engine"
-
-    @property
-    def allowed(self) -> str:
-        """The allowed values, in words."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.high is not None:
-            text = f"{self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            text = f"at least {self.low:g}"
-        else:
-            text = "a text"
-        text += " bytes, such as 2GiB" if self.size else ""
-        return f"{text}, or {self.unset}" if self.unset else text
-
-
-def _option(default: Any, help: str, **rule: Any) -> Any:
-    return field(default=default, metadata={"rule": Rule(help, **rule)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +33,22 @@ class ClusterConfig:
     model: str = field(
         metadata={"rule": Rule("Model: smollm2, a folder of safetensors, or a .gguf file.")}
     )
-    tp: int = _option(1, "Ranks of a replica; each holds a slice of every layer.", low=1, high=1024)
-    pp: int = _option(
+    tp: int = option(1, "Ranks of a replica; each holds a slice of every layer.", low=1, high=1024)
+    pp: int = option(
         1,
         "Pipeline stages of a replica; each holds a run of layers on TP ranks.",
         low=1,
         high=1024,
     )
-    min_tp: int | None = _option(
+    spares: int = option(
+        0,
+        "Groups of ranks that stand by, started but without weights, for one that is lost; each "
+        "takes the places of a replica.",
+        low=0,
+        high=64,
+        group="Advanced",
+    )
+    min_tp: int | None = option(
         None,
         "Fewest ranks that a stage goes on with when places for TP are gone, or starts with; auto "
         "is 1 once it has run, and TP before.",
@@ -83,142 +57,161 @@ class ClusterConfig:
         unset="auto",
         group="Advanced",
     )
-    shrink_after_s: float = _option(
+    shrink_after_s: float = option(
         30.0,
         "Seconds that places must be gone before a replica goes on smaller.",
         low=0,
         high=86400,
         group="Advanced",
     )
-    replicas: int = _option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
-    dtype: str = _option(
+    replicas: int = option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
+    dtype: str = option(
         "auto",
         "Number format of weights and activations; of linear layers' weights alone: int8, on CPUs, "
         "fp8 and int4, on GPUs.",
         choices=DTYPES,
     )
-    kv_dtype: str = _option(
+    kv_dtype: str = option(
         "auto",
         "Number format of the KV cache; auto is the activations'; int8 on CPUs, fp8 on GPUs.",
         choices=KV_DTYPES,
     )
-    device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
-    chat_template: str | None = _option(
+    device: str = option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
+    chat_template: str | None = option(
         None, "A Jinja file in place of the model's own chat template.", unset="own"
     )
-    tool_parser: str = _option(
+    tool_parser: str = option(
         "auto",
         "How calls of tools are read from answers; auto goes by the chat template.",
         choices=("auto", *FORMAT_NAMES),
     )
-    block_size: int = _option(16, "Tokens of a KV block.", low=1, high=1024)
-    kv_tokens: int | None = _option(
+    block_size: int = option(16, "Tokens of a KV block.", low=1, high=1024)
+    kv_tokens: int | None = option(
         None, "Tokens that a replica's KV cache holds.", low=1, unset="auto"
     )
-    memory_per_rank: int | None = _option(
+    memory_per_rank: int | None = option(
         None, "Memory a rank may use.", low=1, unset="auto", size=True
     )
-    max_context: int | None = _option(
+    max_context: int | None = option(
         None, "Longest prompt plus output, in tokens; auto is the model's own.", low=1, unset="auto"
     )
-    max_tokens_per_step: int = _option(512, "Tokens computed in one step at most.", low=1)
-    max_running: int = _option(64, "Requests computed together at most.", low=1, high=65536)
-    max_queued: int = _option(
-        DEFAULT_MAX_QUEUED_REQUESTS, "Requests waiting at most; more are refused.", low=1
+    max_tokens_per_step: int = option(512, "Tokens computed in one step at most.", low=1)
+    max_running: int = option(64, "Requests computed together at most.", low=1, high=65536)
+    max_queued: int = option(
+        DEFAULT_MAX_QUEUED_REQUESTS,
+        "Requests of one tenant waiting at most; more are refused.",
+        low=1,
     )
-    max_in_flight: int = _option(
+    max_bypass: int = option(
+        1024,
+        "Requests of other tenants that may go before a tenant's next one, whatever the shares.",
+        low=0,
+        group="Advanced",
+    )
+    aging_s: float = option(
+        10.0,
+        "Seconds of waiting that make up for one step of priority.",
+        low=0.001,
+        high=86400,
+        group="Advanced",
+    )
+    max_in_flight: int = option(
         2,
         "Steps sent ahead of their results at most, but no fewer than stages.",
         low=1,
         high=8,
         group="Advanced",
     )
-    prefix_caching: bool = _option(True, "Keep the KV blocks of past prompts for reuse.")
-    state_slots: int | None = _option(
+    prefix_caching: bool = option(True, "Keep the KV blocks of past prompts for reuse.")
+    state_slots: int | None = option(
         None,
         "Slots for the states of running requests and past prompts, of models with state spaces.",
         low=1,
         unset="auto",
         group="Advanced",
     )
-    state_stride: int | None = _option(
+    state_stride: int | None = option(
         None,
         "Tokens of a prompt between states that are kept, beside the one at its end.",
         low=1,
         unset="off",
         group="Advanced",
     )
-    record_steps: bool = _option(
+    record_steps: bool = option(
         True, "Record decode steps as CUDA graphs when a GPU rank starts.", group="Advanced"
     )
 
-    host: str = _option("127.0.0.1", "Address that the gRPC service binds.", group="Listening")
-    port: int = _option(
-        50051, "Its port; 0 takes a free one.", low=0, high=65535, group="Listening"
-    )
-    metrics_host: str = _option(
+    host: str = option("127.0.0.1", "Address that the gRPC service binds.", group="Listening")
+    port: int = option(50051, "Its port; 0 takes a free one.", low=0, high=65535, group="Listening")
+    metrics_host: str = option(
         "127.0.0.1", "Address that the Prometheus page binds.", group="Listening"
     )
-    metrics_port: int | None = _option(
+    metrics_port: int | None = option(
         9400, "Its port; 0 takes a free one.", low=0, high=65535, unset="off", group="Listening"
     )
-    openai_host: str = _option(
+    openai_host: str = option(
         "127.0.0.1", "Address that the OpenAI-compatible HTTP front binds.", group="Listening"
     )
-    openai_port: int | None = _option(
+    openai_port: int | None = option(
         None, "Its port; 0 takes a free one.", low=0, high=65535, unset="off", group="Listening"
     )
-    reflection: bool = _option(False, "Let gRPC tools list the service.", group="Listening")
+    reflection: bool = option(False, "Let gRPC tools list the service.", group="Listening")
 
-    tls_cert: str | None = _option(
+    tls_cert: str | None = option(
         None, "The service's certificate, a PEM file.", unset="off", group="Security"
     )
-    tls_key: str | None = _option(
+    tls_key: str | None = option(
         None, "The private key of the certificate, a PEM file.", unset="off", group="Security"
     )
-    tls_client_ca: str | None = _option(
+    tls_client_ca: str | None = option(
         None, "Authority that callers' certificates must come from.", unset="off", group="Security"
     )
-    token_file: str | None = _option(
+    token_file: str | None = option(
         None,
         "File of callers, a line tenant:sha256-of-token each; every call then needs a token.",
         unset="off",
         group="Security",
     )
-    operators: str = _option(
+    operators: str = option(
         "operator",
         "Tenants who may restart replicas, separated by commas; without token and TLS, all of this "
         "machine may.",
         group="Security",
     )
-    insecure: bool = _option(
+    tenants_file: str | None = option(
+        None,
+        "TOML file of what tenants may have: weights, quotas, priorities.",
+        unset="off",
+        group="Security",
+    )
+    insecure: bool = option(
         False, "Allow an address beyond this machine without TLS and token.", group="Security"
     )
 
-    journal: str | None = _option(
+    journal: str | None = option(
         None,
         "Folder in which accepted requests and their tokens are kept, so that a killed controller "
         "loses nothing. It holds what users write.",
         unset="off",
         group="Durability",
     )
-    journal_sync: str = _option(
+    journal_sync: str = option(
         "normal",
         "What the journal outlives: the end of the process (normal), or of the machine (full).",
         choices=("normal", "full"),
         group="Durability",
     )
-    journal_keep_s: float = _option(
+    journal_keep_s: float = option(
         600.0,
         "Seconds that an ended request is kept for callers who ask again.",
         low=0,
         high=604800,
         group="Durability",
     )
-    journal_keep_bytes: int = _option(
+    journal_keep_bytes: int = option(
         256 * MIB, "Size up to which ended requests are kept.", low=0, size=True, group="Durability"
     )
-    resume_grace_s: float = _option(
+    resume_grace_s: float = option(
         30.0,
         "Seconds that a request with an id of its caller's outlives a lost connection.",
         low=0,
@@ -226,23 +219,23 @@ class ClusterConfig:
         group="Durability",
     )
 
-    ray_address: str | None = _option(
+    ray_address: str | None = option(
         None, "A running Ray cluster; embedded starts one here.", unset="embedded", group="Cluster"
     )
-    placement: str = _option(
+    placement: str = option(
         "auto",
         "How a replica's ranks, or of several stages the stages, are laid over nodes; auto keeps "
         "ranks on one node and spreads stages.",
         choices=("auto", "STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"),
         group="Cluster",
     )
-    collectives: str = _option(
+    collectives: str = option(
         "auto",
         "How ranks add up their parts.",
         choices=("auto", "gloo", "shm", "nccl"),
         group="Cluster",
     )
-    threads: int | None = _option(
+    threads: int | None = option(
         None,
         "CPU threads of each rank; auto divides a machine's cores among its ranks.",
         low=1,
@@ -250,66 +243,32 @@ class ClusterConfig:
         unset="auto",
         group="Cluster",
     )
-    start_timeout_s: float = _option(
+    start_timeout_s: float = option(
         120.0, "Seconds a replica may take to start.", low=1, high=86400, group="Cluster"
     )
-    step_timeout_s: float = _option(
+    step_timeout_s: float = option(
         60.0,
         "Seconds without a step's result until ranks count as hung.",
         low=0.1,
         high=86400,
         group="Cluster",
     )
-    silence_timeout_s: float = _option(
+    silence_timeout_s: float = option(
         3.0,
         "Seconds without a sign of life until a rank counts as lost.",
         low=1,
         high=3600,
         group="Cluster",
     )
-    log_level: str = _option(
+    log_level: str = option(
         "info", "What is logged.", choices=("debug", "info", "warning", "error"), group="Cluster"
     )
 
     def __post_init__(self) -> None:
         wrong = [text for item in RULES for text in _check_field(item, getattr(self, item))]
-        wrong = wrong or self._check_together()
+        wrong = wrong or disagreements(self)
         if wrong:
             raise ConfigError("; ".join(wrong))
-
-    def _check_together(self) -> list[str]:
-        """What fields demand of each other."""
-        wrong = []
-        if self.min_tp is not None and self.min_tp > self.tp:
-            wrong.append(f"min_tp is {self.min_tp}, allowed: 1 to tp ({self.tp})")
-        if self.max_tokens_per_step < self.max_running:
-            wrong.append(
-                f"max_tokens_per_step is {self.max_tokens_per_step}, allowed: at least max_running "
-                f"({self.max_running}), one token for each"
-            )
-        wrong += foreign_formats(self.dtype, self.kv_dtype, self.device)
-        if (self.tls_cert is None) != (self.tls_key is None):
-            wrong.append("tls_cert and tls_key are given together or not at all")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            wrong.append("tls_client_ca needs tls_cert and tls_key")
-        if self.insecure:
-            return wrong
-        known = self.token_file is not None or self.tls_client_ca is not None
-        fronts = {"host": self.host}
-        if self.openai_port is not None:
-            fronts["openai_host"] = self.openai_host
-        for name, host in fronts.items():
-            if not is_loopback(host) and not (self.tls_cert is not None and known):
-                wrong.append(
-                    f"{name} is {host!r}, which other machines reach: allowed with tls_cert, "
-                    "tls_key and one of token_file, tls_client_ca; or with insecure"
-                )
-        if self.metrics_needs_tls and self.tls_client_ca is None:
-            wrong.append(
-                f"metrics_host is {self.metrics_host!r}, which other machines reach: allowed with "
-                "tls_cert, tls_key and tls_client_ca; or with insecure"
-            )
-        return wrong
 
     @property
     def ranks_per_replica(self) -> int:

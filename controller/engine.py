@@ -148,6 +148,7 @@ class AsyncEngine:
         tenant: str,
         deadline: float | None,
         known: Mapping[int, Sequence[int]] | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[list[TokenEvent]]:
         """See `server.engine.Engine.submit`."""
         if (tenant, request_id) in self._live:
@@ -162,6 +163,7 @@ class AsyncEngine:
             deadline,
             request_id=request_id,
             known=known,
+            priority=priority,
         )
         handle = self._choose(stream)
         if handle is None and not stream.accepted_before:

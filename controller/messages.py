@@ -14,6 +14,7 @@ Prompt = str | Sequence[int]
 Messages = str | Sequence[Mapping[str, Any]]
 
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
+_OPTIONS = frozenset(serving_pb2.RequestOptions.DESCRIPTOR.fields_by_name)
 _FIELDS: dict[str, Any] = dict(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
@@ -22,7 +23,8 @@ def generate_request(
 ) -> serving_pb2.GenerateRequest:
     """Raises `TypeError` for an unknown parameter, `InvalidArgument` for a value that no message
     can hold; ranges are checked by the server."""
-    request = serving_pb2.GenerateRequest(request_id=request_id, params=sampling_params(params))
+    request = serving_pb2.GenerateRequest(request_id=request_id)
+    _set_params(request, params)
     if isinstance(prompt, str):
         request.text = prompt
         return request
@@ -47,7 +49,8 @@ def chat_request(
     tools = {name: params.pop(name, None) for name in TOOL_FIELDS}
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    request = serving_pb2.ChatRequest(request_id=request_id, params=sampling_params(params))
+    request = serving_pb2.ChatRequest(request_id=request_id)
+    _set_params(request, params)
     for index, message in enumerate(messages):
         try:
             request.messages.add(**message)
@@ -80,6 +83,21 @@ def _set_tools(
         text = f"{tool_choice!r:.80} is not auto, none, required or the name of a tool"
         raise InvalidArgument.of("tool_choice", text)
     request.single_tool_call = parallel_tool_calls is False
+
+
+def _set_params(
+    request: serving_pb2.GenerateRequest | serving_pb2.ChatRequest, given: Mapping[str, Any]
+) -> None:
+    """Sampling parameters, and beside them the fields of `RequestOptions`."""
+    params = {name: value for name, value in given.items() if name not in _OPTIONS}
+    request.params.CopyFrom(sampling_params(params))
+    for name in _OPTIONS & given.keys():
+        if given[name] is None:
+            continue
+        try:
+            setattr(request.options, name, given[name])
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument.of(f"options.{name}", str(error)) from None
 
 
 def sampling_params(params: Mapping[str, Any]) -> types_pb2.SamplingParams:

@@ -32,6 +32,7 @@ OUTCOMES = (
     "unavailable",
     "error",
 )
+QUOTAS = ("max_requests", "max_queued", "tokens_per_minute")
 PHASES = ("schedule", "execute", "update", "overhead")
 
 
@@ -55,15 +56,16 @@ class Row:
         labels = (self.label,) if self.label else ()
         if self.kind is Histogram:
             return Histogram(
-                f"phalanx_{self.name}", self.help, labels, registry=registry, buckets=self.buckets
+                self.page_name, self.help, labels, registry=registry, buckets=self.buckets
             )
-        return self.kind(f"phalanx_{self.name}", self.help, labels, registry=registry)
+        return self.kind(self.page_name, self.help, labels, registry=registry)
 
 
 TABLE = (
     Row("requests_started", Counter, "Requests received", "method"),
     Row("requests", Counter, "Requests ended", "outcome"),
     Row("requests_open", Gauge, "Requests received and not ended"),
+    Row("quota_refusals", Counter, "Requests refused for a tenant's quota", "quota"),
     Row("prompt_tokens", Counter, "Prompt tokens of ended requests"),
     Row("completion_tokens", Counter, "Tokens generated"),
     Row("time_to_first_token_seconds", Histogram, "From arrival to the first token"),
@@ -124,6 +126,8 @@ class Metrics:
         everything = self._all
         self._started = {name: everything["requests_started"].labels(name) for name in METHODS}
         self._ended = {name: everything["requests"].labels(name) for name in OUTCOMES}
+        for name in QUOTAS:
+            everything["quota_refusals"].labels(name)
         self._open = everything["requests_open"]
         self._prompt_tokens = everything["prompt_tokens"]
         self._completion_tokens = everything["completion_tokens"]
@@ -143,6 +147,10 @@ class Metrics:
         """The journal committed a batch, and keeps so many bytes now."""
         self._all["journal_commit_seconds"].observe(seconds)
         self._all["journal_bytes"].set(size)
+
+    def on_quota(self, quota: str) -> None:
+        """A tenant's quota has refused a request; one of `QUOTAS`."""
+        self._all["quota_refusals"].labels(quota).inc()
 
     def on_recovered(self, count: int) -> None:
         """So many requests were taken up from the journal."""

@@ -28,6 +28,7 @@ from .replica import Replica
 from .routing.pace import PaceMeter
 from .scheduling.request import TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerConfig
+from .tenants import Tenants
 
 Device = Literal["cpu", "cuda"]
 
@@ -69,10 +70,15 @@ class ReplicaStarter:
         observer: Observer,
         console: Console | None,
         make_fleet: MakeFleet,
+        take_spare: Callable[[bool], PlacedFleet | None] = lambda fits: None,
+        tenants: Tenants | None = None,
     ) -> None:
+        """take_spare: a fleet that stands by, if there is one; not fits: all spares give up their
+        places, as a group of another size is to start."""
         self._config, self._served, self._device = config, served, device
         self._listener, self._observer, self._console = listener, observer, console
-        self._make_fleet = make_fleet
+        self._make_fleet, self._take_spare = make_fleet, take_spare
+        self._tenants = tenants or Tenants()
 
     @property
     def dtype(self) -> str:
@@ -134,7 +140,7 @@ class ReplicaStarter:
         config = self._config
         if tp != config.tp:
             config = dataclasses.replace(config, tp=tp, min_tp=None)
-        fleet = self._make_fleet(config, self._device)
+        fleet = self._take_spare(tp == self._config.tp) or self._make_fleet(config, self._device)
         try:
             nodes = fleet.reserve()
             spec, memory = size_group(config, self._served, self._device, nodes, epoch=epoch)
@@ -169,5 +175,8 @@ class ReplicaStarter:
             eos_token_ids=served.eos_token_ids,
             max_in_flight=config.plans_in_flight,
             prefix_caching=config.prefix_caching,
+            max_bypass=config.max_bypass,
+            aging_s=config.aging_s,
+            tenants=self._tenants,
         )
         return Scheduler(limits, cache, epoch)

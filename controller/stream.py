@@ -34,11 +34,13 @@ class Stream:
         *,
         request_id: str = "",
         known: Mapping[int, Sequence[int]] | None = None,
+        priority: int = 0,
     ) -> None:
         """request_id: the caller's name for it, if it has one. known: the samples still to be
         finished with their tokens so far, of a request that was accepted in an earlier life."""
         self._number, self._attempt = number, 0
         self.prompt_token_ids, self._params, self.tenant = list(prompt_token_ids), params, tenant
+        self._priority = priority
         self._arrival, self.deadline, self.request_id = arrival, deadline, request_id
         samples = dict.fromkeys(range(params.n), ()) if known is None else known
         self._outputs = {index: list(tokens) for index, tokens in samples.items()}
@@ -119,6 +121,7 @@ class Stream:
                 tenant=self.tenant,
                 arrival=self._arrival,
                 deadline=self.deadline,
+                priority=self._priority,
                 output_token_ids=list(tokens),
             )
             for index, tokens in self._outputs.items()

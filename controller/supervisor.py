@@ -14,6 +14,8 @@ from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
 from .cluster.fleet import REASON, NoPlace
 from .cluster.recovery import (
     LOOK_AGAIN_S,
+    Action,
+    AddSpare,
     Desired,
     Facts,
     Replace,
@@ -27,10 +29,12 @@ from .cluster.recovery import (
 )
 from .cluster.room import Free, largest_tp
 from .cluster.snapshot import ReplicaSnapshot
+from .cluster.spares import SparePool
 from .engine import AsyncEngine
 from .handle import ReplicaHandle
 
 TICK_S = 0.5
+SPARE_RETRY_S = 10.0
 
 Look = Callable[[], Free | None]
 """What nodes have free; None: places are not counted here. Called on a thread."""
@@ -57,9 +61,12 @@ class Supervisor:
         start: StartReplica,
         desired: Desired | None = None,
         look: Look = lambda: None,
+        spares: SparePool | None = None,
     ) -> None:
         self._engine, self._start_replica, self._look = engine, start, look
-        self._desired = desired or Desired()
+        self._desired, self._spares = desired or Desired(), spares
+        self._warming: asyncio.Task[None] | None = None
+        self._spare_due = 0.0
         self._slots = [Slot() for _ in range(replicas)]
         self._epoch = 0
         self._changed = asyncio.Event()
@@ -105,6 +112,8 @@ class Supervisor:
     async def close(self) -> None:
         """Stop all replicas, for good."""
         self._engine.on_replica_lost = lambda index, error: None
+        if self._spares is not None:
+            await asyncio.to_thread(self._spares.close)
         for handle in self._engine.replicas:
             await asyncio.to_thread(handle.replica.stop)
 
@@ -120,10 +129,12 @@ class Supervisor:
                     await self._start_again(index, tp)
                 case Replace() as action:
                     await self._replace(action)
+                case AddSpare():
+                    self._warming = asyncio.create_task(self._add_spare())
                 case Wait(seconds):
                     await self._wait(seconds)
 
-    async def _next(self) -> tuple[Start | Replace | Wait, ...]:
+    async def _next(self) -> tuple[Action, ...]:
         """What is to be done, by what is seen now."""
         facts, now = await self._facts(), time.monotonic()
         self._slots = observe(self._slots, now, self._desired, facts)
@@ -139,7 +150,30 @@ class Supervisor:
             except PhalanxError as error:
                 _log.warning("places cannot be counted: %s", error)
                 free = {}
-        return Facts(free=free, busy=self._engine.busy)
+        spares, places = self._desired.spares, []
+        if self._spares is not None:
+            if self._all_run:
+                await asyncio.to_thread(self._spares.prune)
+            warming = self._warming is not None or time.monotonic() < self._spare_due
+            spares, places = len(self._spares) + warming, self._spares.places
+        return Facts(free=free, busy=self._engine.busy, spares=spares, spare_places=tuple(places))
+
+    @property
+    def _all_run(self) -> bool:
+        return all(slot.running for slot in self._slots)
+
+    async def _add_spare(self) -> None:
+        """Beside all else: a replica that is lost meanwhile need not wait."""
+        try:
+            if self._spares is not None:
+                await asyncio.to_thread(self._spares.add)
+                _log.info("a spare group stands by")
+        except PhalanxError as error:
+            _log.warning("no spare group: %s", error)
+            self._spare_due = time.monotonic() + SPARE_RETRY_S
+        finally:
+            self._warming = None
+            self._changed.set()
 
     async def _start(self, index: int, tp: int) -> None:
         """Start a group and take it in."""

@@ -5,6 +5,7 @@ torch is imported only inside methods, so that the controller may name this clas
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
@@ -16,7 +17,14 @@ import ray
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.wire import Hello
 
-from .machine import cpu_count, fast_bfloat16, interface_of, memory_available, shared_memory_works
+from .machine import (
+    cpu_count,
+    fast_bfloat16,
+    interface_of,
+    memory_available,
+    read_ahead,
+    shared_memory_works,
+)
 
 LINGER_S = 10.0
 
@@ -51,7 +59,7 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankActor:
-    """One rank. Its methods are called in this order: facts, [open_store], run."""
+    """One rank. Its methods are called in this order: facts, [warm, facts], [open_store], run."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -78,6 +86,16 @@ class RankActor:
             shared_memory=shared_memory_works(),
             place=ray.get_runtime_context().get_node_id(),
         )
+
+    def warm(self, checkpoint: str) -> None:
+        """Do what can be done before there is a group: import torch and the kernels, and read the
+        checkpoint, so that the system holds it. It stands by then."""
+        from phalanx.kernels.select import select_backend
+        from phalanx.workers import group, serve
+
+        select_backend("cuda" if ray.get_gpu_ids() else "cpu")
+        logging.getLogger(__name__).debug("%s and %s are there", group.__name__, serve.__name__)
+        read_ahead(checkpoint)
 
     def open_store(self, host: str) -> int:
         """Rank 0 binds the group's rendezvous itself, on `host` alone; returns the port."""

@@ -29,6 +29,7 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
 MIN_CALL_S = 10.0
 PROBE_S = 5.0
+STANDS_S = 2.0
 REASON_S = 0.3  # Ray learns of a death about as fast as our socket does
 REASON_CHARS = 300
 
@@ -130,6 +131,8 @@ class RayFleet:
 
     def reserve(self) -> list[NodeFacts]:
         """Take the places and look around in them. Raises `ConfigError` when there are none."""
+        if self._actors:  # it stood by
+            return self._look_around()
         each = {"CPU": 1.0} | ({"GPU": 1.0} if self._device == "cuda" else {})
         self._check_room(each)
         bundles = [each] * self._tp_size
@@ -156,8 +159,28 @@ class RayFleet:
                 scheduling_strategy=place,
             ).remote(rank)
             self._actors.append(actor)
+        return self._look_around()
+
+    def _look_around(self) -> list[NodeFacts]:
         self._nodes = self._call([actor.facts.remote() for actor in self._actors])
         return self._nodes
+
+    def warm(self, checkpoint: str) -> None:
+        """Let the ranks do what can be done before there is a group."""
+        self._call([actor.warm.remote(checkpoint) for actor in self._actors])
+
+    def stands(self) -> bool:
+        """Whether all ranks of a fleet that is not started still answer."""
+        try:
+            ray.get([actor.facts.remote() for actor in self._actors], timeout=STANDS_S)
+        except RayError:
+            return False
+        return bool(self._actors)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The node of each rank."""
+        return tuple(node.place for node in self._nodes)
 
     def start(self, spec: WorkerSpec, progress: Progress) -> list[RankFacts]:
         """Form the group and load."""

@@ -18,6 +18,8 @@ LOOK_AGAIN_S = 0.1
 """Between two looks at the places that are free, where some are missing."""
 LOOK_FOR_MORE_S = 2.0
 """The same where a replica runs, but smaller than desired."""
+LOOK_AT_SPARES_S = 10.0
+"""Between two looks at whether spares still stand."""
 STEADY_S = 5.0
 """Places that have come back must stay for so long before a replica grows into them."""
 QUIET_WAIT_S = 30.0
@@ -36,6 +38,8 @@ class Desired:
     """Places must be missing for so long before a replica starts smaller."""
     generation: int = 0
     """Replicas of an earlier one are to be replaced: a rolling restart."""
+    spares: int = 0
+    """Groups that stand by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,27 +134,41 @@ class Replace:
 
 
 @dataclass(frozen=True, slots=True)
+class AddSpare:
+    """Start one more group that stands by."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing may be done for so many seconds, unless something changes; None: for ever."""
 
     seconds: float | None
 
 
-Action = Start | Replace | Wait
+Action = Start | Replace | AddSpare | Wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What is seen around the slots. free: None where places are not counted, so that there is
-    always one. busy: the slots that compute or hold requests."""
+    always one. busy: the slots that compute or hold requests. spares: groups that stand by, or
+    are about to; spare_places: the nodes of their ranks, places that a group may have."""
 
     free: Free | None = None
     busy: frozenset[int] = field(default_factory=frozenset)
+    spares: int = 0
+    spare_places: tuple[str, ...] = ()
+
+    @property
+    def room(self) -> Free | None:
+        """What a group would find."""
+        return None if self.free is None else freed(self.free, self.spare_places)
 
 
 def needs_room(slots: Sequence[Slot], desired: Desired) -> bool:
-    """Whether `Facts.free` matters: a replica is missing, smaller than desired, or outdated."""
-    return any(
+    """Whether `Facts.free` matters: a replica is missing, smaller than desired, or outdated, or
+    there are spares to keep."""
+    return desired.spares > 0 or any(
         not slot.running or slot.tp < desired.tp or slot.generation < desired.generation
         for slot in slots
     )
@@ -158,7 +176,7 @@ def needs_room(slots: Sequence[Slot], desired: Desired) -> bool:
 
 def observe(slots: Sequence[Slot], now: float, desired: Desired, facts: Facts) -> list[Slot]:
     """The slots, with the time at which places went missing or came back."""
-    return [_observe(slot, now, desired, facts.free) for slot in slots]
+    return [_observe(slot, now, desired, facts.room) for slot in slots]
 
 
 def _observe(slot: Slot, now: float, desired: Desired, free: Free | None) -> Slot:
@@ -182,15 +200,16 @@ def next_actions(
     the desired size, or, when that has found no places for `shrink_after_s`, at the largest size
     that does and was not refused for its memory, down to `min_tp`. Then replicas grow that are
     smaller than desired, and then, only when all run, the next one of an earlier generation is
-    replaced. One group starts at a time, as starting ones compete for the memory that sizing has
+    replaced; spares come last. One group starts at a time, as starting ones compete for the memory that sizing has
     looked at: whoever does the first action asks again.
     """
     desired, facts = desired or Desired(), facts or Facts()
+    room = facts.room
     actions: list[Action] = []
     waits: list[float] = []
     missing = [(slot.due(now), index) for index, slot in enumerate(slots) if not slot.running]
     for due, index in sorted(missing):
-        tp, wait = _size(slots[index], now, desired, facts.free)
+        tp, wait = _size(slots[index], now, desired, room)
         if due > now:
             waits.append(due - now)
         elif tp:
@@ -202,7 +221,7 @@ def next_actions(
             wait = max(_growth(slot, now, busy=index in facts.busy), slot.due(now) - now)
             waits.append(wait if wait > 0 else LOOK_FOR_MORE_S)
             if wait <= 0:
-                actions.append(_replacement(slot, index, desired, facts.free))
+                actions.append(_replacement(slot, index, desired, room))
     # one at a time, and one that does not come up ends the turn of the others
     outdated = [index for index, slot in enumerate(slots) if slot.generation < desired.generation]
     if outdated and not missing and not actions:
@@ -210,14 +229,26 @@ def next_actions(
         if (due := slots[index].due(now)) > now:
             waits.append(due - now)
         else:
-            actions.append(_replacement(slots[index], index, desired, facts.free))
+            actions.append(_replacement(slots[index], index, desired, room))
+    if facts.spares < desired.spares and all(slot.tp == desired.tp for slot in slots):
+        waits.append(LOOK_FOR_MORE_S)
+        if not actions and _fits(desired, facts.free):
+            actions.append(AddSpare())
+    elif desired.spares:
+        waits.append(LOOK_AT_SPARES_S)
     return (*actions, Wait(min(waits, default=None)))
+
+
+def _fits(desired: Desired, free: Free | None) -> bool:
+    return free is None or has_room(free, desired.tp, desired.pp, desired.placement)
 
 
 def _size(slot: Slot, now: float, desired: Desired, free: Free | None) -> tuple[int, float]:
     """The TP size to start at; 0: none now, and for how long to wait."""
-    if free is None or has_room(free, desired.tp, desired.pp, desired.placement):
+    if _fits(desired, free):
         return desired.tp, 0.0
+    if free is None:
+        return 0, LOOK_AGAIN_S
     waited = 0.0 if slot.since is None else now - slot.since
     if waited < desired.shrink_after_s:
         return 0, LOOK_AGAIN_S

@@ -29,6 +29,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     deadline: float | None
     tools: Reading | None = None
     """How calls of tools are read from the answer."""
+    priority: int = 0
 
 
 class _Error(msgspec.Struct, frozen=True, array_like=True):

@@ -46,11 +46,6 @@ class StateSlots:
         return self._pool.num_blocks
 
     @property
-    def num_snapshots(self) -> int:
-        """States that are kept for later sequences."""
-        return len(self._snapshots)
-
-    @property
     def sequences(self) -> frozenset[int]:
         """The sequences that hold a slot, for audits."""
         return frozenset(self._working)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from phalanx.controller.server.constraints import is_text
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 
 SHOWN_CHARS = 40
@@ -173,17 +174,6 @@ def as_number(value: object) -> float | None:
         return None
     fits = -_FLOAT32_MAX <= value <= _FLOAT32_MAX and math.isfinite(value)
     return float(value) if fits else None
-
-
-def is_text(value: object) -> bool:
-    """Whether this is a text that has a UTF-8 form."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_token_id(value: object) -> bool:

@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.controller.server.constraints import is_text
 from phalanx.protos.errors import FieldViolation, InvalidArgument, NotFound
 from phalanx.protos.limits import (
     MAX_CHAT_MESSAGES,
+    MAX_DEADLINE_S,
     MAX_LOGPROBS,
     MAX_N,
     MAX_NGRAM_SIZE,
     MIN_P_RANGE,
     PENALTY_RANGE,
+    PRIORITY_RANGE,
     REPETITION_PENALTY_RANGE,
     SEED_RANGE,
     TEMPERATURE_RANGE,
@@ -27,7 +30,7 @@ from phalanx.protos.limits import (
 from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .constraints import read_response_format, read_structured_outputs
-from .fields import Fields, as_number, is_text, is_token_id, refuse, shown
+from .fields import Fields, as_number, is_token_id, refuse, shown
 from .tools import NAMES as TOOL_NAMES
 from .tools import read_calls, read_tools
 
@@ -98,7 +101,7 @@ class Asked:
         )
 
     def _caller_name(self, field: str, at: int) -> str:
-        name = field.removeprefix("params.")
+        name = field.removeprefix("params.").removeprefix("options.")
         name = _CALLED.sub(r"\1.function.\2", name)
         head = re.split(r"[.\[]", name, maxsplit=1)[0]
         if head in ("text", "token_ids"):
@@ -134,7 +137,7 @@ def read_chat(body: Mapping[str, Any], model: str, request_id: str) -> Asked:
     read_tools(fields, request)
     for name in _UNSUPPORTED:
         fields.only(name, ([],), "leave it out")
-    stream, usage = _read_shared(fields, params)
+    stream, usage = _read_shared(fields, params, request.options)
     request.params.CopyFrom(params)
     return _asked([request], params, stream, usage, names)
 
@@ -152,10 +155,12 @@ def read_completion(body: Mapping[str, Any], model: str, request_id: str) -> Ask
     fields.only("suffix", ("",), "text is only continued, leave it out")
     samples = fields.value("n") or 1
     fields.only("best_of", (samples,), "it may only be the same as n; all samples are given back")
-    stream, usage = _read_shared(fields, params)
+    options = serving_pb2.RequestOptions()
+    stream, usage = _read_shared(fields, params, options)
     for at, request in enumerate(requests):
         request.request_id = request_id if len(requests) == 1 else f"{request_id}-{at}"
         request.params.CopyFrom(params)
+        request.options.CopyFrom(options)
     names = {"include_stop": "include_stop_str_in_output", "grammar": "structured_outputs"}
     return _asked(requests, params, stream, usage, names)
 
@@ -179,8 +184,15 @@ def _read_model(fields: Fields, model: str) -> None:
         raise NotFound(f"model {shown(asked)} is not served here, {model!r} is")
 
 
-def _read_shared(fields: Fields, params: types_pb2.SamplingParams) -> tuple[bool, bool]:
+def _read_shared(
+    fields: Fields, params: types_pb2.SamplingParams, options: serving_pb2.RequestOptions
+) -> tuple[bool, bool]:
     """What both calls have; gives `stream` and whether usage is wanted in it. Raises."""
+    _set(
+        options,
+        priority=fields.integer("priority", *PRIORITY_RANGE),
+        deadline_s=fields.number("deadline_s", 0.0, MAX_DEADLINE_S),
+    )
     for name, bounds in _RANGES.items():
         _set(params, **{name: fields.number(name, *bounds)})
     _set(
@@ -207,10 +219,10 @@ def _read_shared(fields: Fields, params: types_pb2.SamplingParams) -> tuple[bool
     return stream, usage
 
 
-def _set(params: types_pb2.SamplingParams, **values: Any) -> None:
+def _set(message: types_pb2.SamplingParams | serving_pb2.RequestOptions, **values: Any) -> None:
     for name, value in values.items():
         if value is not None:
-            setattr(params, name, value)
+            setattr(message, name, value)
 
 
 def _read_bias(fields: Fields, params: types_pb2.SamplingParams) -> None:

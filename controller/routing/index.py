@@ -123,16 +123,16 @@ class GlobalPrefixIndex:
         holds none is not listed. Asks for no further key once no replica holds the last one.
         """
         found: list[tuple[int, int]] = []
-        left, depth = -1, 0
-        for key in keys:
-            number = self._table.get(key)
-            held = 0 if number is None else left & self._sets.mask(number)
-            if held != left:
-                if depth:
-                    found.append((depth, left & ~held))
-                left = held
-                if not left:
-                    break
+        left, depth, last = -1, 0, -1
+        for number in self._table.walk(keys):
+            if number != last:
+                held, last = left & self._sets.mask(number), number
+                if held != left:
+                    if depth:
+                        found.append((depth, left & ~held))
+                    left = held
+                    if not left:
+                        break
             depth += 1
         if left and depth:
             found.append((depth, left))

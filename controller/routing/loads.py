@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from .pace import Pace
-from .router import DISTURBANCE, UNMEASURED, Candidate, Decision, Request, Work
+from .router import DISTURBANCE, SUCCESSORS, UNMEASURED, Candidate, Decision, Request, Work
 
 EXPLAINED = 4
 """Estimates that a decision keeps."""
@@ -31,7 +31,7 @@ class Loads:
     """The work and pace of the replicas that take requests. Belongs to one event loop.
 
     `router.estimate` is what is computed, here for all replicas at once. A replica that was not
-    measured yet counts as the fastest that was. Ties go to the lowest index.
+    measured yet counts as the fastest that ever was. Ties go to the lowest index.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Loads:
         self._count = 0
         self._stale: set[int] = set()
         self._unmeasured: set[int] = set()
-        self._fastest = UNMEASURED
+        self._fastest = Pace()
         # base, per uncached token, streams, free places, a place's wait, kv tokens, free room,
         # a token's wait
         self._columns = np.zeros((8, 0))
@@ -92,6 +92,9 @@ class Loads:
             return
         row.pace = pace
         self._stale.add(index)
+        if (fastest := _faster(self._fastest, pace)) != self._fastest:
+            self._fastest = fastest
+            self._stale |= self._unmeasured
         if None not in (pace.tokens_per_s, pace.step_s, pace.stream_s):
             self._unmeasured.discard(index)
 
@@ -132,26 +135,13 @@ class Loads:
         if index not in self._unmeasured:
             return pace
         return Pace(
-            pace.tokens_per_s or fastest.tokens_per_s,
-            pace.step_s or fastest.step_s,
-            pace.stream_s or fastest.stream_s,
+            pace.tokens_per_s or fastest.tokens_per_s or UNMEASURED.tokens_per_s,
+            pace.step_s or fastest.step_s or UNMEASURED.step_s,
+            pace.stream_s or fastest.stream_s or UNMEASURED.stream_s,
         )
 
     def _refresh(self) -> None:
         """Bring the columns up to date."""
-        if self._unmeasured and self._stale:
-            paces = [row.pace for row in self._rows if row is not None]
-            fastest = Pace(
-                max((p.tokens_per_s for p in paces if p.tokens_per_s), default=None),
-                min((p.step_s for p in paces if p.step_s), default=None),
-                min((p.stream_s for p in paces if p.stream_s), default=None),
-            )
-            self._fastest = Pace(
-                fastest.tokens_per_s or UNMEASURED.tokens_per_s,
-                fastest.step_s or UNMEASURED.step_s,
-                fastest.stream_s or UNMEASURED.stream_s,
-            )
-            self._stale |= self._unmeasured
         for index in self._stale:
             row = self._rows[index]
             if row is not None:
@@ -165,7 +155,7 @@ class Loads:
         left_s = work.output_tokens / max(work.streams, 1) * (pace.step_s or 0.0)
         return (
             work.queue_tokens / rate + work.streams * (pace.stream_s or 0.0),
-            (1.0 + DISTURBANCE * work.streams) / rate,
+            (1.0 + SUCCESSORS + DISTURBANCE * work.streams) / rate,
             work.streams,
             row.places - work.streams if row.places else UNBOUNDED,
             left_s / row.places if row.places else 0.0,
@@ -173,6 +163,21 @@ class Loads:
             row.room - work.kv_tokens if row.room else UNBOUNDED,
             left_s / max(work.kv_tokens, 1) if row.room else 0.0,
         )
+
+
+def _faster(one: Pace, other: Pace) -> Pace:
+    """The better of each."""
+    return Pace(
+        _best(max, one.tokens_per_s, other.tokens_per_s),
+        _best(min, one.step_s, other.step_s),
+        _best(min, one.stream_s, other.stream_s),
+    )
+
+
+def _best(
+    better: Callable[[float, float], float], one: float | None, other: float | None
+) -> float | None:
+    return other if one is None else one if other is None else better(one, other)
 
 
 def _members(mask: int, size: int) -> npt.NDArray[np.bool_] | list[int]:

@@ -9,9 +9,12 @@ from .pace import Pace
 
 UNMEASURED = Pace(tokens_per_s=1000.0, step_s=0.05, stream_s=0.01)
 """Stands in until some replica has been measured."""
-DISTURBANCE = 0.05
+DISTURBANCE = 0.1
 """What a second that one running stream is kept waiting counts, beside a second of the request's
 own wait for its first token."""
+SUCCESSORS = 1.0
+"""The same of a second that its prompt takes, for those who come after it: computing again what
+another replica holds takes the place of other prompts."""
 
 
 class Work(NamedTuple):
@@ -70,7 +73,7 @@ class Estimate:
     wait_s: float
     """Until a place is free and the KV pool has room, where it has not."""
     disturbance_s: float
-    """What the streams there lose, weighted by `DISTURBANCE`."""
+    """What the streams there and those who come later lose, as weighted."""
 
     @property
     def predicted_s(self) -> float:
@@ -126,10 +129,11 @@ def estimate(request: Request, candidate: Candidate) -> Estimate:
         streams = streams * stream_s
         wait    = max(samples beyond the places / places, tokens beyond the room / tokens there)
                   * (mean output left) * step_s
-        others  = DISTURBANCE * streams * (tokens - cached) / tokens_per_s
+        others  = (SUCCESSORS + DISTURBANCE * streams) * (tokens - cached) / tokens_per_s
 
     wait is Little's law: places and room are given back at the rate at which streams end. others
-    counts the steps of running streams that the prompt makes longer. As all of it grows with what
+    counts the steps of running streams that the prompt makes longer, and its own time once more, for
+    those who come after it. As all of it grows with what
     a replica has been given, the holder of a popular prefix loses its advantage once it costs more
     to wait for it than to compute the prefix again; whoever does so holds the prefix from then on.
     """
@@ -153,5 +157,5 @@ def estimate(request: Request, candidate: Candidate) -> Estimate:
         prefill_s=work.queue_tokens / rate + own_s,
         streams_s=work.streams * (pace.stream_s or 0.0),
         wait_s=max(crowd, shortage) * left_s,
-        disturbance_s=DISTURBANCE * work.streams * own_s,
+        disturbance_s=(SUCCESSORS + DISTURBANCE * work.streams) * own_s,
     )

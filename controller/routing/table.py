@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 FILL = 256
 """Entries of a bucket on average, at most."""
@@ -36,6 +36,23 @@ class CompactTable:
         if place < len(keys) and keys[place] == key:
             return self._values[bucket][place]
         return None
+
+    def walk(self, keys: Iterable[int]) -> Iterator[int]:
+        """The values of these names, one after the other, up to the first that has none.
+
+        The table must not change meanwhile.
+        """
+        tables, values, mask = self._keys, self._values, self._mask
+        size, half = len(tables), mask >> 1
+        for key in keys:
+            bucket = key & mask
+            if bucket >= size:
+                bucket &= half
+            names = tables[bucket]
+            place = bisect_left(names, key)
+            if place == len(names) or names[place] != key:
+                return
+            yield values[bucket][place]
 
     def set(self, key: int, value: int) -> None:
         """Add an entry, or change its value."""

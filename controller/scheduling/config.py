@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from phalanx.controller.tenants import Tenants
 from phalanx.protos.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ class SchedulerConfig:
     max_running: int
     """Samples that hold KV blocks at the same time."""
     max_queued: int
-    """Once this many samples wait, new requests are refused."""
+    """Once this many samples of a tenant wait, its new requests are refused."""
     max_context: int
     """Prompt and output tokens of one sample together."""
     eos_token_ids: tuple[int, ...]
@@ -34,8 +34,10 @@ class SchedulerConfig:
     max_bypass: int = 1024
     """Admissions from other tenants, past the first request of a tenant's line, that make that
     request due whatever the tenants' shares. Lower is closer to taking turns by request."""
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    """Shares of tenants that wait at the same time; a tenant that is not named has 1."""
+    aging_s: float = 10.0
+    """Seconds of waiting that make up for one step of priority; see `queue.due`."""
+    tenants: Tenants = field(default_factory=Tenants)
+    """Their weights, and bounds on what they have waiting."""
 
     def __post_init__(self) -> None:
         lowest = {
@@ -52,8 +54,5 @@ class SchedulerConfig:
         for name, low in lowest.items():
             if (value := getattr(self, name)) < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
-        for tenant, weight in self.tenant_weights.items():
-            if not 0.0 < weight < math.inf:
-                raise ConfigError(
-                    f"tenant_weights: {tenant!r} has {weight}; it must be finite and above 0"
-                )
+        if not 0.0 < self.aging_s < math.inf:
+            raise ConfigError(f"aging_s is {self.aging_s}; it must be finite and above 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_IDLE = 4096
@@ -41,8 +41,9 @@ class FairShare:
     right when it comes to the top, at most once for each charge.
     """
 
-    def __init__(self, weights: Mapping[str, float], max_bypass: int) -> None:
-        self._weights, self._max_bypass = weights, max_bypass
+    def __init__(self, weight: Callable[[str], float], max_bypass: int) -> None:
+        """weight: a tenant's share."""
+        self._weight, self._max_bypass = weight, max_bypass
         self._accounts: dict[str, _Account] = {}
         self._heap: list[tuple[float, int, str]] = []
         self._since: OrderedDict[str, int] = OrderedDict()
@@ -89,7 +90,7 @@ class FairShare:
     def charge(self, tenant: str, service: float) -> None:
         """The tenant received service, waiting or not."""
         account = self._accounts.setdefault(tenant, _Account())
-        account.counter += service / self._weights.get(tenant, 1.0)
+        account.counter += service / self._weight(tenant)
 
     def next(self) -> str:
         """Whose turn it is. Precondition: somebody waits."""

@@ -31,7 +31,7 @@ class StepPlanner:
 
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config, self._cache = config, cache
-        self.waiting = WaitingQueue(config.tenant_weights, config.max_bypass)
+        self.waiting = WaitingQueue(config.tenants, config.max_bypass, config.aging_s)
         self.running: dict[int, Sample] = {}
         """By attempt id."""
         self.dismissed: list[int] = []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
+from phalanx.controller.tenants import Tenants
+
 from .fairness import FairShare
+from .request import Request
 from .sample import Sample
 
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
@@ -16,25 +19,69 @@ INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 Key = tuple[str, int]
 
 
+def due(request: Request, aging_s: float) -> float:
+    """By when a request ought to have its turn; within a tenant, the earliest one comes first.
+
+    That is `aging_s` after its arrival, for each step of priority `aging_s` later, and not after
+    its deadline. As it does not change, whoever arrives later passes a request only if it is so
+    much more urgent, and only for so long: nobody starves (earliest deadline first, Liu and
+    Layland 1973).
+    """
+    usual = request.arrival + aging_s * (1 + request.priority)
+    return usual if request.deadline is None else min(usual, request.deadline)
+
+
+class _Line:
+    """A tenant's waiting samples, the earliest due first, ties as they came."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int]] = []
+        self.samples: dict[int, Sample] = {}
+        """By ticket."""
+
+    def push(self, due: float, sample: Sample) -> None:
+        self.samples[sample.ticket] = sample
+        heapq.heappush(self._heap, (due, sample.ticket))
+
+    @property
+    def first(self) -> Sample:
+        """Precondition: somebody waits."""
+        while self._heap[0][1] not in self.samples:
+            heapq.heappop(self._heap)
+        return self.samples[self._heap[0][1]]
+
+    def remove(self, ticket: int) -> None:
+        del self.samples[ticket]
+        if len(self._heap) > 2 * len(self.samples) + 64:
+            self._heap = [entry for entry in self._heap if entry[1] in self.samples]
+            heapq.heapify(self._heap)
+
+
 class WaitingQueue:
     """Samples that wait for a place: returning ones, then each tenant's in turn::
 
-        head  | preempted and forked samples | tenant a: first come, first served | append
-              ^ push_front                   | tenant b: first come, first served | append
+        head  | preempted and forked samples | tenant a: the earliest due first | append
+              ^ push_front                   | tenant b: the earliest due first | append
 
-    Among tenants, the turn is with the one that has had the least (`FairShare`). Whoever's turn it
-    was keeps it until he leaves the queue, so that a large request at the head is not overtaken
-    while room is made for it; only returning samples go before. A sample is known by its ticket,
-    so that it can leave from anywhere, or hand on its place. Every call is O(log tenants).
+    Among tenants, the turn is with the one that has had the least (`FairShare`): a priority is
+    worth something within a tenant only, or everybody would be in a hurry. Whoever's turn it
+    was keeps it until a request of that tenant leaves the queue, so that a large one at the head
+    is not overtaken by other tenants while room is made for it; only returning samples go before.
+    A sample is known by its ticket, so that it can leave from anywhere, or hand on its place.
+    Every call is O(log samples), amortised.
 
     Until the first sample of a tenant's line has its turn, at most `max_bypass` + T - 1 samples
     of other tenants leave from the heads of their lines, T being the tenants that wait.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None, max_bypass: int = 1024) -> None:
+    def __init__(
+        self, tenants: Tenants | None = None, max_bypass: int = 1024, aging_s: float = 10.0
+    ) -> None:
+        limits = tenants or Tenants()
+        self._aging_s = aging_s
         self._front: OrderedDict[int, Sample] = OrderedDict()
-        self._lines: dict[str, OrderedDict[int, Sample]] = {}
-        self._share = FairShare(weights or {}, max_bypass)
+        self._lines: dict[str, _Line] = {}
+        self._share = FairShare(lambda tenant: limits.of(tenant).weight, max_bypass)
         self._turn: str | None = None
         """The tenant whose turn it is, once somebody has asked."""
         self._length = 0
@@ -44,7 +91,8 @@ class WaitingQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Sample]:
-        return chain(self._front.values(), *(line.values() for line in self._lines.values()))
+        lines = (line.samples.values() for line in self._lines.values())
+        return chain(self._front.values(), *lines)
 
     @property
     def head(self) -> Sample:
@@ -53,15 +101,16 @@ class WaitingQueue:
             return next(iter(self._front.values()))
         if self._turn is None:
             self._turn = self._share.next()
-        return next(iter(self._lines[self._turn].values()))
+        return self._lines[self._turn].first
 
     def append(self, sample: Sample) -> None:
-        """Add to the tail of its tenant's line."""
+        """Add to its tenant's line."""
         tenant = sample.request.tenant
         if tenant not in self._lines:
-            self._lines[tenant] = OrderedDict()
+            self._lines[tenant] = _Line()
             self._share.join(tenant)
-        self._lines[tenant][self._ticket(sample)] = sample
+        self._ticket(sample)
+        self._lines[tenant].push(due(sample.request, self._aging_s), sample)
         self._length += 1
 
     def push_front(self, sample: Sample) -> None:
@@ -78,20 +127,22 @@ class WaitingQueue:
             return
         tenant = sample.request.tenant
         line = self._lines[tenant]
-        if next(iter(line)) == sample.ticket:
+        if line.first.ticket == sample.ticket:
             self._share.restart(tenant)
             if self._turn == tenant:
                 self._turn = None
-        del line[sample.ticket]
-        if not line:
+        line.remove(sample.ticket)
+        if not line.samples:
             del self._lines[tenant]
             self._share.leave(tenant)
 
     def replace(self, sample: Sample, heir: Sample) -> None:
         """Give a sample's place to another one of the same request."""
         heir.ticket = sample.ticket
-        front = heir.ticket in self._front
-        (self._front if front else self._lines[heir.request.tenant])[heir.ticket] = heir
+        if heir.ticket in self._front:
+            self._front[heir.ticket] = heir
+        else:
+            self._lines[heir.request.tenant].samples[heir.ticket] = heir
 
     def charge_input(self, tenant: str, tokens: int) -> None:
         """A request of the tenant was admitted."""

@@ -34,6 +34,8 @@ class Request:
     tenant: str = "default"
     arrival: float
     deadline: float | None = None
+    priority: int = 0
+    """Within its tenant, the lower one comes first."""
     output_token_ids: list[int] = field(default_factory=list)
 
     @property

@@ -19,7 +19,7 @@ of what came before, so they are the tokens that a second computation would give
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +29,6 @@ from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.errors import (
     AlreadyExists,
     GroupLost,
-    PhalanxError,
     RequestFailed,
     ResourceExhausted,
 )
@@ -79,6 +78,8 @@ class Scheduler:
         self._planner = StepPlanner(config, cache)
         self._requests: dict[str, dict[int, Sample]] = {}
         self._num_samples = 0
+        self._of_tenant: Counter[str] = Counter()
+        """Samples that live."""
         self._deadlines = DeadlineHeap()
         self._in_flight: deque[InFlight] = deque()
         self._next_order = 0
@@ -116,23 +117,19 @@ class Scheduler:
         """Queue all samples of one request; they may bring output tokens of an earlier life.
 
         The first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
-        `AlreadyExists` for an id that lives, `ResourceExhausted` when the queue is full; what was
+        `AlreadyExists` for an id that lives, `ResourceExhausted` when its tenant's queue is full; what was
         accepted before and is `readmitted` is not subject to that.
         """
         check_group(group, self.max_context)
         request_id = group[0].request_id
         if request_id in self._requests:
             raise AlreadyExists(f"request_id: {request_id!r} is taken by a live request")
-        if self.num_waiting >= self._config.max_queued and not readmitted:
-            raise ResourceExhausted(
-                f"the queue is full: {self.num_waiting} samples wait, "
-                f"{self._config.max_queued} may",
-                # about as long as the request admitted last has waited
-                min(max(self._planner.last_queue_time, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
-            )
+        if not readmitted:
+            self._check_queue(group[0].tenant)
         samples = [self._sample(request) for request in group]
         self._requests[request_id] = {sample.request.sample_index: sample for sample in samples}
         self._num_samples += len(samples)
+        self._of_tenant[group[0].tenant] += len(samples)
         leader, *followers = samples
         _follow(leader, followers)
         self._planner.waiting.append(leader)
@@ -191,17 +188,6 @@ class Scheduler:
             raise GroupLost(f"the result of step {result.step} came, that of {due} is due")
         return list(self._events(self._in_flight.popleft(), result))
 
-    def abort_all(self, error: PhalanxError) -> Sequence[TokenEvent]:
-        """End every sample with `error`, and forget the plans in flight: the ranks are gone."""
-        self._in_flight.clear()
-        samples = [sample for group in self._requests.values() for sample in group.values()]
-        events = [
-            self._end(sample, sample.event(finish=FinishReason.ERROR, error=error))
-            for sample in samples
-        ]
-        self._planner.dismissed.clear()
-        return events
-
     def drain_queue_times(self) -> list[float]:
         """Seconds from arrival to the first step, of the requests begun since the last call."""
         times = list(self._planner.queue_times)
@@ -237,6 +223,8 @@ class Scheduler:
         samples = [sample for group in self._requests.values() for sample in group.values()]
         require(all(self._requests.values()), "a request without samples is kept")
         require(len(samples) == self._num_samples, "samples are miscounted")
+        tenants = Counter(sample.request.tenant for sample in samples)
+        require(tenants == self._of_tenant, "samples of tenants are miscounted")
         by_state = {state: [s for s in samples if s.state is state] for state in State}
         require(not by_state[State.ENDED], "an ended sample is kept")
         running = self._planner.running.values()
@@ -251,6 +239,22 @@ class Scheduler:
             )
             require(sample.pending == owed, f"{sample.request.key} has {sample.pending} pending")
             require(sample.num_known < sample.limit, f"{sample.request.key} is past its limit")
+
+    def _check_queue(self, tenant: str) -> None:
+        """Raise `ResourceExhausted` where the tenant has as many samples waiting as it may."""
+        own = self._config.tenants.of(tenant).max_queued
+        most = self._config.max_queued if own is None else min(own, self._config.max_queued)
+        if self._of_tenant.get(tenant, 0) < most:
+            return
+        runs = sum(sample.request.tenant == tenant for sample in self._planner.running.values())
+        waiting = self._of_tenant[tenant] - runs
+        if waiting >= most:
+            raise ResourceExhausted(
+                f"max_queued of tenant {tenant!r}: the queue is full, "
+                f"{waiting} samples wait, {most} may",
+                # about as long as the request admitted last has waited
+                min(max(self._planner.last_queue_time, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+            )
 
     def _sample(self, request: Request) -> Sample:
         sample = Sample.of(request, self._next_order, self.max_context, self._config.eos_token_ids)
@@ -314,6 +318,9 @@ class Scheduler:
         if not samples:
             del self._requests[request_id]
         self._num_samples -= 1
+        self._of_tenant[sample.request.tenant] -= 1
+        if not self._of_tenant[sample.request.tenant]:
+            del self._of_tenant[sample.request.tenant]
         if len(self._deadlines) > 2 * self._num_samples + 64:
             self._deadlines.sweep(
                 (live.request.deadline, live.request.key)

@@ -9,6 +9,7 @@ import re
 import secrets
 import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,11 +19,13 @@ from phalanx.controller.tools.formats import FORMATS, Reading, Tool, detect, for
 from phalanx.protos.errors import FieldViolation, InvalidArgument, ModelError
 from phalanx.protos.grammars import GrammarCompiler
 from phalanx.protos.limits import (
+    MAX_DEADLINE_S,
     MAX_DETOKENIZE_IDS,
     MAX_MESSAGE_BYTES,
     MAX_N,
     MAX_REQUEST_ID_CHARS,
     MAX_TEXT_BYTES,
+    PRIORITY_RANGE,
     SEED_RANGE,
 )
 from phalanx.protos.sampling import Grammar, SamplingParams
@@ -30,7 +33,7 @@ from phalanx.protos.v1 import serving_pb2, types_pb2
 
 from .chat import ChatTemplate
 from .conversation import plain_messages, read_tools, template_tools
-from .convert import check_params, read_params, unknown_fields
+from .convert import check_params, read_params, shortest, unknown_fields
 
 SHOWN_IDS = 8
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:\-]{{1,{MAX_REQUEST_ID_CHARS}}}")
@@ -45,6 +48,9 @@ class Admitted:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    deadline_s: float | None = None
+    """Seconds from the arrival in which it must be finished."""
     fingerprint: bytes = b""
     """Of the body, where the caller chose the id; the same body has the same one."""
     tools: Reading | None = None
@@ -130,32 +136,34 @@ class Admission:
 
     def abort(self, request: serving_pb2.AbortRequest) -> str:
         """The id to abort. Raises `InvalidArgument`."""
-        violations = unknown_fields(request)
-        if not request.request_id:
-            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
-        self._request_id(request.request_id, violations)
-        _refuse(violations)
-        return request.request_id
+        return self._named(request)
 
     def explain(self, request: serving_pb2.ExplainPlacementRequest) -> str:
         """The id that is asked about. Raises `InvalidArgument`."""
-        violations = unknown_fields(request)
-        if not request.request_id:
-            violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
-        self._request_id(request.request_id, violations)
-        _refuse(violations)
-        return request.request_id
+        return self._named(request)
 
     def resume(self, request: serving_pb2.ResumeRequest) -> None:
         """Raises `InvalidArgument`."""
+        violations: Violations = []
+        if len(request.next_index) > MAX_N:
+            text = f"{len(request.next_index)} entries, at most {MAX_N} allowed"
+            violations.append(FieldViolation("next_index", text))
+        self._named(request, violations)
+
+    def _named(
+        self,
+        request: serving_pb2.AbortRequest
+        | serving_pb2.ExplainPlacementRequest
+        | serving_pb2.ResumeRequest,
+        others: Sequence[FieldViolation] = (),
+    ) -> str:
+        """The id that a call about another request names; `others`: what else is wrong with it."""
         violations = unknown_fields(request)
         if not request.request_id:
             violations.append(FieldViolation("request_id", "is empty, a request's id is needed"))
         self._request_id(request.request_id, violations)
-        if len(request.next_index) > MAX_N:
-            text = f"{len(request.next_index)} entries, at most {MAX_N} allowed"
-            violations.append(FieldViolation("next_index", text))
-        _refuse(violations)
+        _refuse([*violations, *others])
+        return request.request_id
 
     def _prompt(self, request: serving_pb2.GenerateRequest, violations: Violations) -> list[int]:
         match request.WhichOneof("prompt"):
@@ -254,13 +262,14 @@ class Admission:
         if params.grammar is not None and not violations:
             self._check_grammar(params.grammar, violations)
         self._check_room(prompt, field, params, violations)
+        priority, deadline_s = _read_options(request.options, violations)
         _refuse(violations)
         if not message.HasField("seed"):
             seed = secrets.randbelow(SEED_RANGE[1] + 1)
             params = msgspec.structs.replace(params, seed=seed)
-        if not request_id:
-            return Admitted(uuid.uuid4().hex, prompt, params)
-        return Admitted(request_id, prompt, params, _fingerprint(request))
+        mark = _fingerprint(request) if request_id else b""
+        request_id = request_id or uuid.uuid4().hex
+        return Admitted(request_id, prompt, params, priority, deadline_s, mark)
 
     def _check_room(
         self, prompt: list[int], field: str, params: SamplingParams, violations: Violations
@@ -338,6 +347,23 @@ def _about_tools(
             for item in error.violations
         ]
     )
+
+
+def _read_options(
+    options: serving_pb2.RequestOptions, violations: Violations
+) -> tuple[int, float | None]:
+    """Priority, and seconds in which the request must be finished."""
+    low, high = PRIORITY_RANGE
+    if not low <= options.priority <= high:
+        text = f"{options.priority} is not an integer in [{low}, {high}]"
+        violations.append(FieldViolation("options.priority", text))
+    if not options.HasField("deadline_s"):
+        return options.priority, None
+    seconds = shortest(options.deadline_s)
+    if not 0.0 < seconds <= MAX_DEADLINE_S:
+        text = f"{seconds:g} is not above 0 and at most {MAX_DEADLINE_S:g}"
+        violations.append(FieldViolation("options.deadline_s", text))
+    return options.priority, seconds
 
 
 def _check_size(field: str, text: str, violations: Violations) -> bool:

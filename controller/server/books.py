@@ -50,6 +50,12 @@ class Call:
         """Whether the caller's deadline has passed; its own clock may be a little ahead."""
         return self.deadline is not None and time.monotonic() >= self.deadline - CLOCK_SLACK_S
 
+    def hurry(self, seconds: float | None) -> None:
+        """The request itself says in how many seconds from its arrival it must be finished."""
+        if seconds is not None:
+            ends = self._began + seconds
+            self.deadline = ends if self.deadline is None else min(self.deadline, ends)
+
     def sent(self, message: Response) -> None:
         """A message left."""
         count = sum(len(sample.token_ids) for sample in message.samples)

@@ -17,20 +17,20 @@ def set_constraint(given: Mapping[str, Any], params: types_pb2.SamplingParams) -
     if len(present) != 1 or not present.keys() <= set(KINDS):
         return f"exactly one of {', '.join(KINDS)} is needed"
     ((name, value),) = present.items()
-    if name == "json" and (isinstance(value, dict | bool) or _is_text(value)):
+    if name == "json" and (isinstance(value, dict | bool) or is_text(value)):
         params.grammar.json_schema = value if isinstance(value, str) else json.dumps(value)
-    elif name == "regex" and _is_text(value):
+    elif name == "regex" and is_text(value):
         params.grammar.regex = value
-    elif name == "grammar" and _is_text(value):
+    elif name == "grammar" and is_text(value):
         params.grammar.lark = value
-    elif name == "choice" and isinstance(value, list) and all(map(_is_text, value)):
+    elif name == "choice" and isinstance(value, list) and all(map(is_text, value)):
         params.grammar.choice.texts.extend(value)
     else:
         return f"{name} is {value!r:.60}, which is none"
     return None
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether this is a text that has a UTF-8 form."""
     if not isinstance(value, str):
         return False

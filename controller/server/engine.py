@@ -23,10 +23,12 @@ class Engine(Protocol):
         tenant: str,
         deadline: float | None,
         known: Mapping[int, Sequence[int]] | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[list[TokenEvent]]:
         """The events of all samples, in batches as steps bring them, until each has finished.
 
-        deadline: in seconds of `time.monotonic()`. The first iteration admits the request and
+        deadline: in seconds of `time.monotonic()`. priority: among the tenant's waiting requests,
+        the lower one comes first. The first iteration admits the request and
         raises `AlreadyExists`, `ResourceExhausted`, `Unavailable`, `InvalidArgument` or
         `DeadlineExceeded` when it is refused. Closing the iterator frees all that the request
         holds, at once.

@@ -144,6 +144,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
                 self._check_open()
             call.prompt_tokens = len(admitted.prompt_token_ids)
+            call.hurry(admitted.deadline_s)
             if kept:
                 session = self._sessions.open(admitted, call.tenant, call.deadline)
                 await self._follow(session, call, kind, Received())
@@ -187,6 +188,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             params=admitted.params,
             tenant=tenant,
             deadline=call.deadline,
+            priority=admitted.priority,
         )
         # its end frees the request in the engine at once, whatever ended it here
         await self._send(answer, _read(events, answer), call, kind, admitted.request_id)

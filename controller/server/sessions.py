@@ -230,6 +230,7 @@ class Sessions:
             arrival=now,
             deadline=None if deadline is None else now + deadline - time.monotonic(),
             tools=admitted.tools,
+            priority=admitted.priority,
         )
         session = Session(Kept(self._journal.begin(header), header, []), self._texts)
         self._follow(session, deadline, again=False)
@@ -312,6 +313,7 @@ class Sessions:
             params=header.params,
             tenant=header.tenant,
             deadline=deadline,
+            priority=header.priority,
             **(more if again else {}),
         )
         begun = again

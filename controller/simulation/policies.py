@@ -138,7 +138,8 @@ class PrefixHash(_Counting):
 
 class CacheAware(_Counting):
     """In the style of SGLang's router: the longest match if it covers 30% of the prompt (of several
-    holders the one with the fewest open requests), else the replica that holds least; the fewest
+    holders the one with the fewest open requests), else the replica that holds least, what is on its
+    way to it included; the fewest
     open requests once these differ by more than 64 and 1.5 times. It is given the exact index
     instead of a guess from what it has sent where."""
 
@@ -147,6 +148,8 @@ class CacheAware(_Counting):
     def __init__(self, replicas: Sequence[ModelledReplica], profile: Profile) -> None:
         super().__init__(replicas, profile)
         self._index, self._held = GlobalPrefixIndex(), np.zeros(len(replicas), np.int64)
+        self._coming: dict[Job, int] = {}
+        """Blocks that replicas will hold when these prompts are computed."""
 
     def choose(self, turn: Turn) -> int:
         most, least = int(self._loads.max()), int(self._loads.min())
@@ -157,6 +160,16 @@ class CacheAware(_Counting):
             holders = [index for index in range(len(self._loads)) if runs[-1][1] >> index & 1]
             return holders[int(self._loads[holders].argmin())]
         return int(self._held.argmin())
+
+    def placed(self, job: Job) -> None:
+        super().placed(job)
+        runs = self._index.runs(job.turn.prompt_keys)
+        cached = max((depth for depth, holders in runs if holders >> job.replica & 1), default=0)
+        self._coming[job] = len(job.turn.prompt_keys) - cached
+        self._held[job.replica] += self._coming[job]
+
+    def first_token(self, job: Job) -> None:
+        self._held[job.replica] -= self._coming.pop(job)
 
     def prefixes(self, replica: int, update: PrefixUpdate) -> None:
         if not self._index.apply(replica, update):

@@ -16,7 +16,7 @@ from phalanx.protos.errors import ConfigError
 from .policies import POLICIES
 from .profile import Profile
 from .replica import Job, ModelledReplica
-from .traces import BLOCK_TOKENS, TRACES, Session
+from .traces import BLOCK_TOKENS, TRACES, Session, Turn
 
 SLO_FIRST_S, SLO_TOKEN_S = 1.0, 0.05
 """A request is good when its first token takes at most the one, and those after it the other, on
@@ -151,11 +151,20 @@ class Simulation:
         self._policy.placed(job)
         if self._counts:
             self.outcome.decision_s.append(time.perf_counter() - began)
-        job.known_tokens = BLOCK_TOKENS * sum(key in self._seen for key in turn.prompt_keys)
-        self._seen.update(turn.keys)
+        job.known_tokens = BLOCK_TOKENS * self._known(turn)
         replica = self.replicas[job.replica]
         if replica.take(now, job) and replica.due is not None:
             self._at(replica.due, replica)
+
+    def _known(self, turn: Turn) -> int:
+        """Blocks of the prompt that were in some request before; all of it is from now on."""
+        session, shared = turn.session, turn.session.shared
+        if not session.known:
+            session.known = sum(key in self._seen for key in shared)
+            self._seen.update(shared)
+        known = min(session.known, len(turn.prompt_keys))
+        session.known = len(turn.keys)
+        return known
 
     @property
     def _counts(self) -> bool:

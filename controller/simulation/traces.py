@@ -47,6 +47,8 @@ class Session:
     """(new prompt tokens, output tokens, seconds before the question) of each turn."""
     told: int = 0
     """Tokens of the conversation so far."""
+    known: int = 0
+    """Full blocks of it that were computed before, by whomever."""
     _own: list[int] = field(default_factory=list)
 
     def ask(self, now: float) -> Turn:

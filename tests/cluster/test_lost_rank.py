@@ -109,3 +109,20 @@ def test_streams_outlive_their_ranks_with_the_same_tokens(
     )
     assert done.returncode == 0, done.stderr
     assert "ranks left: 0" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_group_that_stands_by_takes_over_with_the_same_tokens(
+    tiny_llama: Callable[..., Path],
+) -> None:
+    """A rank of the computing group is killed, twice; a spare group is there again in between."""
+    script = Path(__file__).parents[1] / "bench" / "lost_rank.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_llama()), "--repeats", "2", "--settle", "0"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "spares 1: median" in done.stdout

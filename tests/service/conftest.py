@@ -66,6 +66,7 @@ class Submission:
     deadline: float | None
     known: dict[int, tuple[int, ...]] | None = None
     """Tokens of samples that an earlier process has begun."""
+    priority: int = 0
     stopped: list[int] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)

@@ -39,14 +39,14 @@ def test_the_numbers_of_both_decisions(serve: Any, say: Any, token_file: str) ->
             assert (first.replica_id, first.candidates, first.tokens) == ("replica-1", 3, 100)
             assert (second.replica_id, second.candidates) == ("replica-2", 2)
             chosen, other = second.estimates
-            assert chosen.cost_s == pytest.approx(0.14) and other.replica_id == "replica-0"
-            # 500 tokens are queued there, two streams share its steps and lose 5% of 0.14 s each
-            assert other.cost_s == pytest.approx(0.64 + 0.002 + 0.05 * 2 * 0.14)
+            assert chosen.cost_s == pytest.approx(2 * 0.14) and other.replica_id == "replica-0"
+            # 500 tokens are queued there, two streams share its steps and lose 10% of 0.14 s each
+            assert other.cost_s == pytest.approx(0.64 + 0.002 + (1 + 0.1 * 2) * 0.14)
             assert other.streams == 2 and other.queue_tokens == 500
             screen = io.StringIO()
             Console(file=screen, width=100).print(estimate_table(second))
             lines = screen.getvalue().splitlines()
-            assert any("replica-2" in line and "140.0" in line for line in lines)
+            assert any("replica-2" in line and "280.0" in line for line in lines)
 
     asyncio.run(main())
 

@@ -13,11 +13,13 @@ from phalanx.controller.cluster.recovery import (
     CRASH_LOOP,
     DEGRADED_BACKOFF_S,
     LONGEST_BACKOFF_S,
+    LOOK_AT_SPARES_S,
     LOOK_FOR_MORE_S,
     MEMORY_S,
     QUIET_WAIT_S,
     STEADY_S,
     Action,
+    AddSpare,
     Desired,
     Facts,
     Replace,
@@ -251,3 +253,30 @@ def test_whatever_is_started_finds_places_and_is_no_smaller_than_allowed(
             assert action.tp == tp or not has_room(free, tp, 1, strategy)
         elif slot.since is not None and second - slot.since >= desired.shrink_after_s:
             assert largest_tp(free, tp, 1, strategy) < desired.min_tp
+
+
+def test_spares_come_last_and_take_only_places_that_nobody_needs() -> None:
+    desired = Desired(tp=2, spares=2, generation=1)
+    whole = Slot().started(2, "aa", 1)
+    free = {"a": 2}
+    assert foremost([whole], 0.0, desired, Facts(free=free)) == AddSpare()
+    assert foremost([whole], 0.0, desired, Facts(free={"a": 1})) == Wait(LOOK_FOR_MORE_S)
+    # two that stand by are enough; now and then somebody looks at them
+    full = Facts(free=free, spares=2, spare_places=tuple("bbbb"))
+    assert foremost([whole], 0.0, desired, full) == Wait(LOOK_AT_SPARES_S)
+    for slots in ([whole, failed(0.0)], [whole, Slot().started(1, "a", 1)]):
+        assert AddSpare() not in next_actions(slots, 0.0, desired, Facts(free=free))
+    outdated = next_actions([Slot().started(2, "aa", 0)], 0.0, desired, Facts(free=free))
+    assert AddSpare() not in outdated
+
+
+def test_a_lost_group_finds_the_places_of_a_spare() -> None:
+    desired = Desired(tp=2, spares=1)
+    facts = Facts(free={"a": 0, "b": 0}, spares=1, spare_places=tuple("bb"))
+    [slot] = observe([failed(0.0)], 0.0, desired, facts)
+    assert slot.since is None
+    assert foremost([slot], 0.0, desired, facts) == Start(0, 2)
+    # those of a spare on a node that is gone are not there
+    facts = Facts(free={"a": 0}, spares=1, spare_places=tuple("bb"))
+    [slot] = observe([failed(0.0)], 0.0, desired, facts)
+    assert isinstance(foremost([slot], 0.0, desired, facts), Wait)

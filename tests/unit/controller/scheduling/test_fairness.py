@@ -13,8 +13,7 @@ from phalanx.controller.scheduling.fairness import MAX_IDLE, FairShare
 from phalanx.controller.scheduling.queue import WaitingQueue
 from phalanx.controller.scheduling.request import Request
 from phalanx.controller.scheduling.sample import Sample
-from phalanx.controller.scheduling.scheduler import SchedulerConfig
-from phalanx.protos.errors import ConfigError
+from phalanx.controller.tenants import TenantLimits, Tenants
 from phalanx.protos.sampling import SamplingParams
 
 LoopFactory = Callable[..., Any]
@@ -29,6 +28,10 @@ def sample(order: int, tenant: str) -> Sample:
         arrival=0.0,
     )
     return Sample.of(request, order, 10, ())
+
+
+def weighing(weights: dict[str, float]) -> Tenants:
+    return Tenants({name: TenantLimits(weight=weight) for name, weight in weights.items()})
 
 
 class PlainQueue:
@@ -101,7 +104,7 @@ def test_the_queue_follows_the_plain_rule(
     actions: list[tuple[str, str, int]], max_bypass: int
 ) -> None:
     weights = {"a": 2.0, "b": 0.5}
-    queue, model = WaitingQueue(weights, max_bypass), PlainQueue(weights, max_bypass)
+    queue, model = WaitingQueue(weighing(weights), max_bypass), PlainQueue(weights, max_bypass)
     waiting: list[Sample] = []
     for order, (action, tenant, number) in enumerate(actions):
         if action == "append":
@@ -155,7 +158,7 @@ def test_two_waiting_tenants_get_the_same_service(
 ) -> None:
     """Theorem 4.4 of the paper: at most 2 max(w_in L_in, w_out M) apart, over any interval."""
     num_blocks, block_size, long = 16, 4, 40
-    loop = make_loop(num_blocks, block_size, max_running=4, tenant_weights={"b": weight})
+    loop = make_loop(num_blocks, block_size, max_running=4, tenants=weighing({"b": weight}))
     tenant_of_seed: dict[int, str] = {}
 
     def add(tenant: str, count: int, prompt: int, output: int) -> None:
@@ -243,7 +246,7 @@ def test_a_large_request_is_not_passed_for_ever(make_loop: LoopFactory, others: 
 
 @pytest.mark.parametrize("max_bypass", [0, 1, 7, 40])
 def test_a_procession_of_new_tenants_passes_a_bounded_number_of_times(max_bypass: int) -> None:
-    queue = WaitingQueue({}, max_bypass)
+    queue = WaitingQueue(None, max_bypass)
     poor = sample(0, "new0")
     queue.append(poor)
     spender = sample(1, "spender")
@@ -296,7 +299,7 @@ def test_nobody_saves_up_for_later() -> None:
 
 
 def test_idle_tenants_are_forgotten_but_not_their_debts() -> None:
-    share = FairShare({}, 1024)
+    share = FairShare(lambda tenant: 1.0, 1024)
     share.charge("debtor", 1e9)
     for number in range(4 * MAX_IDLE):
         share.join(f"t{number}")
@@ -307,16 +310,3 @@ def test_idle_tenants_are_forgotten_but_not_their_debts() -> None:
     share.join("new")
     share.join("debtor")
     assert share.next() == "new" and share.counter("new") < 1e9
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_must_be_a_share(weight: float) -> None:
-    with pytest.raises(ConfigError, match="tenant_weights: 'a'"):
-        SchedulerConfig(
-            max_tokens_per_step=8,
-            max_running=8,
-            max_queued=1,
-            max_context=8,
-            eos_token_ids=(),
-            tenant_weights={"a": weight},
-        )

@@ -205,21 +205,6 @@ def test_a_result_that_does_not_fit_the_oldest_plan_ends_the_group(make_loop: Lo
         scheduler.update(answer(plan, 5))
 
 
-def test_abort_all_ends_every_sample_with_the_error(make_loop: LoopFactory) -> None:
-    loop = make_loop(max_running=2)
-    for index in range(4):
-        loop.add(f"r{index}", [1] * 9, n=2)
-    loop.send()
-    loop.receive()
-    loop.send()
-    error = GroupLost("gone")
-    events = loop.scheduler.abort_all(error)
-    loop.feed(events)
-    assert {(event.finish, event.error) for event in events} == {(FinishReason.ERROR, error)}
-    assert loop.scheduler.in_flight == 0
-    loop.check_idle()
-
-
 def test_a_sample_goes_on_from_the_output_of_an_earlier_life(make_loop: LoopFactory) -> None:
     loop = make_loop()
     loop.add("a", [1] * 6, max_tokens=10, ignore_eos=True, n=3)
