@@ -4,15 +4,18 @@
 # source: phalanx/protos/v1/serving.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "phalanx/protos/v1/serving.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'phalanx/protos/v1/serving.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,59 +25,57 @@ _sym_db = _symbol_database.Default()
 from phalanx.protos.v1 import types_pb2 as phalanx_dot_protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1fphalanx/protos/v1/serving.proto\x12\nphalanx.v1\x1a\x1dphalanx/protos/v1/types.proto"-\n\x17\x45xplainPlacementRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t"E\n\x18\x45xplainPlacementResponse\x12)\n\nplacements\x18\x01 \x03(\x0b\x32\x15.phalanx.v1.Placement"u\n\tPlacement\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\r\x12\x30\n\testimates\x18\x04 \x03(\x0b\x32\x1d.phalanx.v1.PlacementEstimate"\xd8\x01\n\x11PlacementEstimate\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x14\n\x0cqueue_tokens\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x02\x12\x11\n\tprefill_s\x18\x06 \x01(\x02\x12\x11\n\tstreams_s\x18\x07 \x01(\x02\x12\x0e\n\x06wait_s\x18\x08 \x01(\x02\x12\x15\n\rdisturbance_s\x18\t \x01(\x02\x12\x0e\n\x06\x63ost_s\x18\n \x01(\x02"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r"\xc3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.TokenIdsH\x00\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\x12+\n\x07options\x18\x05 \x01(\x0b\x32\x1a.phalanx.v1.RequestOptionsB\x08\n\x06prompt"J\n\x0eRequestOptions\x12\x10\n\x08priority\x18\x01 \x01(\x05\x12\x17\n\ndeadline_s\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s"\xe1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed"\x9a\x02\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.ChatMessage\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.phalanx.v1.Tool\x12%\n\x08tool_use\x18\x05 \x01(\x0e\x32\x13.phalanx.v1.ToolUse\x12\x11\n\ttool_name\x18\x06 \x01(\t\x12\x18\n\x10single_tool_call\x18\x07 \x01(\x08\x12+\n\x07options\x18\x08 \x01(\x0b\x32\x1a.phalanx.v1.RequestOptions"\xdd\x01\n\x0c\x43hatResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed"R\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x19\n\x11next_prompt_index\x18\x03 \x01(\r"\xdf\x01\n\x0eResumeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08""\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t""\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t"\x0f\n\rAbortResponse"\x15\n\x13GetModelInfoRequest"\xcb\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\x13\n\x0btool_parser\x18\t \x01(\t"\x18\n\x16GetClusterStateRequest"^\n\x17GetClusterStateResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.phalanx.v1.ReplicaState\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r2\xbb\x05\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.phalanx.v1.GenerateRequest\x1a\x1c.phalanx.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.phalanx.v1.ChatRequest\x1a\x18.phalanx.v1.ChatResponse0\x01\x12\x41\n\x06Resume\x12\x19.phalanx.v1.ResumeRequest\x1a\x1a.phalanx.v1.ResumeResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.phalanx.v1.TokenizeRequest\x1a\x1c.phalanx.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.phalanx.v1.DetokenizeRequest\x1a\x1e.phalanx.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.phalanx.v1.AbortRequest\x1a\x19.phalanx.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.phalanx.v1.GetModelInfoRequest\x1a .phalanx.v1.GetModelInfoResponse\x12Z\n\x0fGetClusterState\x12".phalanx.v1.GetClusterStateRequest\x1a#.phalanx.v1.GetClusterStateResponse\x12]\n\x10\x45xplainPlacement\x12#.phalanx.v1.ExplainPlacementRequest\x1a$.phalanx.v1.ExplainPlacementResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fphalanx/protos/v1/serving.proto\x12\nphalanx.v1\x1a\x1dphalanx/protos/v1/types.proto\"-\n\x17\x45xplainPlacementRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"E\n\x18\x45xplainPlacementResponse\x12)\n\nplacements\x18\x01 \x03(\x0b\x32\x15.phalanx.v1.Placement\"u\n\tPlacement\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\r\x12\x30\n\testimates\x18\x04 \x03(\x0b\x32\x1d.phalanx.v1.PlacementEstimate\"\xd8\x01\n\x11PlacementEstimate\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x14\n\x0cqueue_tokens\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x02\x12\x11\n\tprefill_s\x18\x06 \x01(\x02\x12\x11\n\tstreams_s\x18\x07 \x01(\x02\x12\x0e\n\x06wait_s\x18\x08 \x01(\x02\x12\x15\n\rdisturbance_s\x18\t \x01(\x02\x12\x0e\n\x06\x63ost_s\x18\n \x01(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.TokenIdsH\x00\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\x12+\n\x07options\x18\x05 \x01(\x0b\x32\x1a.phalanx.v1.RequestOptionsB\x08\n\x06prompt\"J\n\x0eRequestOptions\x12\x10\n\x08priority\x18\x01 \x01(\x05\x12\x17\n\ndeadline_s\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"\xe1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\"\x9a\x02\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.ChatMessage\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.phalanx.v1.SamplingParams\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.phalanx.v1.Tool\x12%\n\x08tool_use\x18\x05 \x01(\x0e\x32\x13.phalanx.v1.ToolUse\x12\x11\n\ttool_name\x18\x06 \x01(\t\x12\x18\n\x10single_tool_call\x18\x07 \x01(\x08\x12+\n\x07options\x18\x08 \x01(\x0b\x32\x1a.phalanx.v1.RequestOptions\"\xdd\x01\n\x0c\x43hatResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\"R\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x19\n\x11next_prompt_index\x18\x03 \x01(\r\"\xdf\x01\n\x0eResumeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07samples\x18\x02 \x03(\x0b\x32\x17.phalanx.v1.SampleDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.phalanx.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.phalanx.v1.Usage\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_prompt_index\x18\x06 \x01(\rB\x07\n\x05_seed\";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xcb\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\x13\n\x0btool_parser\x18\t \x01(\t\"\x18\n\x16GetClusterStateRequest\"^\n\x17GetClusterStateResponse\x12*\n\x08replicas\x18\x01 \x03(\x0b\x32\x18.phalanx.v1.ReplicaState\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r2\xbb\x05\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.phalanx.v1.GenerateRequest\x1a\x1c.phalanx.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.phalanx.v1.ChatRequest\x1a\x18.phalanx.v1.ChatResponse0\x01\x12\x41\n\x06Resume\x12\x19.phalanx.v1.ResumeRequest\x1a\x1a.phalanx.v1.ResumeResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.phalanx.v1.TokenizeRequest\x1a\x1c.phalanx.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.phalanx.v1.DetokenizeRequest\x1a\x1e.phalanx.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.phalanx.v1.AbortRequest\x1a\x19.phalanx.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.phalanx.v1.GetModelInfoRequest\x1a .phalanx.v1.GetModelInfoResponse\x12Z\n\x0fGetClusterState\x12\".phalanx.v1.GetClusterStateRequest\x1a#.phalanx.v1.GetClusterStateResponse\x12]\n\x10\x45xplainPlacement\x12#.phalanx.v1.ExplainPlacementRequest\x1a$.phalanx.v1.ExplainPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "phalanx.protos.v1.serving_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'phalanx.protos.v1.serving_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_EXPLAINPLACEMENTREQUEST"]._serialized_start = 78
-    _globals["_EXPLAINPLACEMENTREQUEST"]._serialized_end = 123
-    _globals["_EXPLAINPLACEMENTRESPONSE"]._serialized_start = 125
-    _globals["_EXPLAINPLACEMENTRESPONSE"]._serialized_end = 194
-    _globals["_PLACEMENT"]._serialized_start = 196
-    _globals["_PLACEMENT"]._serialized_end = 313
-    _globals["_PLACEMENTESTIMATE"]._serialized_start = 316
-    _globals["_PLACEMENTESTIMATE"]._serialized_end = 532
-    _globals["_TOKENIDS"]._serialized_start = 534
-    _globals["_TOKENIDS"]._serialized_end = 557
-    _globals["_GENERATEREQUEST"]._serialized_start = 560
-    _globals["_GENERATEREQUEST"]._serialized_end = 755
-    _globals["_REQUESTOPTIONS"]._serialized_start = 757
-    _globals["_REQUESTOPTIONS"]._serialized_end = 831
-    _globals["_GENERATERESPONSE"]._serialized_start = 834
-    _globals["_GENERATERESPONSE"]._serialized_end = 1059
-    _globals["_CHATREQUEST"]._serialized_start = 1062
-    _globals["_CHATREQUEST"]._serialized_end = 1344
-    _globals["_CHATRESPONSE"]._serialized_start = 1347
-    _globals["_CHATRESPONSE"]._serialized_end = 1568
-    _globals["_RESUMEREQUEST"]._serialized_start = 1570
-    _globals["_RESUMEREQUEST"]._serialized_end = 1652
-    _globals["_RESUMERESPONSE"]._serialized_start = 1655
-    _globals["_RESUMERESPONSE"]._serialized_end = 1878
-    _globals["_TOKENIZEREQUEST"]._serialized_start = 1880
-    _globals["_TOKENIZEREQUEST"]._serialized_end = 1939
-    _globals["_TOKENIZERESPONSE"]._serialized_start = 1941
-    _globals["_TOKENIZERESPONSE"]._serialized_end = 1978
-    _globals["_DETOKENIZEREQUEST"]._serialized_start = 1980
-    _globals["_DETOKENIZEREQUEST"]._serialized_end = 2047
-    _globals["_DETOKENIZERESPONSE"]._serialized_start = 2049
-    _globals["_DETOKENIZERESPONSE"]._serialized_end = 2083
-    _globals["_ABORTREQUEST"]._serialized_start = 2085
-    _globals["_ABORTREQUEST"]._serialized_end = 2119
-    _globals["_ABORTRESPONSE"]._serialized_start = 2121
-    _globals["_ABORTRESPONSE"]._serialized_end = 2136
-    _globals["_GETMODELINFOREQUEST"]._serialized_start = 2138
-    _globals["_GETMODELINFOREQUEST"]._serialized_end = 2159
-    _globals["_GETMODELINFORESPONSE"]._serialized_start = 2162
-    _globals["_GETMODELINFORESPONSE"]._serialized_end = 2365
-    _globals["_GETCLUSTERSTATEREQUEST"]._serialized_start = 2367
-    _globals["_GETCLUSTERSTATEREQUEST"]._serialized_end = 2391
-    _globals["_GETCLUSTERSTATERESPONSE"]._serialized_start = 2393
-    _globals["_GETCLUSTERSTATERESPONSE"]._serialized_end = 2487
-    _globals["_INFERENCESERVICE"]._serialized_start = 2490
-    _globals["_INFERENCESERVICE"]._serialized_end = 3189
+  DESCRIPTOR._loaded_options = None
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_start=78
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_end=123
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_start=125
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_end=194
+  _globals['_PLACEMENT']._serialized_start=196
+  _globals['_PLACEMENT']._serialized_end=313
+  _globals['_PLACEMENTESTIMATE']._serialized_start=316
+  _globals['_PLACEMENTESTIMATE']._serialized_end=532
+  _globals['_TOKENIDS']._serialized_start=534
+  _globals['_TOKENIDS']._serialized_end=557
+  _globals['_GENERATEREQUEST']._serialized_start=560
+  _globals['_GENERATEREQUEST']._serialized_end=755
+  _globals['_REQUESTOPTIONS']._serialized_start=757
+  _globals['_REQUESTOPTIONS']._serialized_end=831
+  _globals['_GENERATERESPONSE']._serialized_start=834
+  _globals['_GENERATERESPONSE']._serialized_end=1059
+  _globals['_CHATREQUEST']._serialized_start=1062
+  _globals['_CHATREQUEST']._serialized_end=1344
+  _globals['_CHATRESPONSE']._serialized_start=1347
+  _globals['_CHATRESPONSE']._serialized_end=1568
+  _globals['_RESUMEREQUEST']._serialized_start=1570
+  _globals['_RESUMEREQUEST']._serialized_end=1652
+  _globals['_RESUMERESPONSE']._serialized_start=1655
+  _globals['_RESUMERESPONSE']._serialized_end=1878
+  _globals['_TOKENIZEREQUEST']._serialized_start=1880
+  _globals['_TOKENIZEREQUEST']._serialized_end=1939
+  _globals['_TOKENIZERESPONSE']._serialized_start=1941
+  _globals['_TOKENIZERESPONSE']._serialized_end=1978
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1980
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2047
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2049
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2083
+  _globals['_ABORTREQUEST']._serialized_start=2085
+  _globals['_ABORTREQUEST']._serialized_end=2119
+  _globals['_ABORTRESPONSE']._serialized_start=2121
+  _globals['_ABORTRESPONSE']._serialized_end=2136
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2138
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2159
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2162
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2365
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=2367
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=2391
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=2393
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=2487
+  _globals['_INFERENCESERVICE']._serialized_start=2490
+  _globals['_INFERENCESERVICE']._serialized_end=3189
 # @@protoc_insertion_point(module_scope)
