@@ -22,6 +22,10 @@ def disagreements(config: ClusterConfig) -> list[str]:
             f"max_tokens_per_step is {config.max_tokens_per_step}, allowed: at least max_running "
             f"({config.max_running}), one token for each"
         )
+    if config.most_replicas < config.replicas:
+        wrong.append(
+            f"max_replicas is {config.max_replicas}, allowed: at least replicas ({config.replicas})"
+        )
     wrong += foreign_formats(config.dtype, config.kv_dtype, config.device)
     if (config.tls_cert is None) != (config.tls_key is None):
         wrong.append("tls_cert and tls_key are given together or not at all")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
 
-from .cluster.ray_fleet import RayCluster, RayFleet, ray_fleet, strategy
+from .cluster.ray_fleet import Device, RayCluster, RayFleet, ray_fleet, strategy
 from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
 from .cluster.spares import SparePool
@@ -25,6 +25,7 @@ from .metrics import Metrics, MetricsServer
 from .model import ServedModel, resolve_model
 from .openai.host import OpenAIHost
 from .quotas import MeteredEngine
+from .scaling import desired_replicas
 from .server.host import GrpcHost
 from .server.service import InferenceService
 from .starting import ReplicaStarter
@@ -136,9 +137,10 @@ async def _start_replicas(
 ) -> tuple[AsyncEngine, ReplicaStarter, Supervisor]:
     """Ray, and on it every replica, each of which has given a token."""
     ranks = config.ranks_per_replica * config.replicas
+    most = config.ranks_per_replica * config.most_replicas
     standing = config.ranks_per_replica * config.spares
     verbose = config.log_level == "debug"
-    ray = await asyncio.to_thread(RayCluster, config.ray_address, ranks + standing, verbose=verbose)
+    ray = await asyncio.to_thread(RayCluster, config.ray_address, most + standing, verbose=verbose)
     stack.push_async_callback(asyncio.to_thread, ray.close)
     least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
     device = ray.device(config.device, least)
@@ -154,6 +156,8 @@ async def _start_replicas(
         _desired(config),
         lambda: ray.free(device),
         spares if config.spares else None,
+        max_replicas=config.max_replicas,
+        ask_for=_asker(config, ray, device),
     )
     stack.push_async_callback(supervisor.close)
     await supervisor.start_all(min_tp=config.min_tp)
@@ -168,6 +172,14 @@ def _taker(spares: SparePool) -> Callable[[bool], RayFleet | None]:
         return None
 
     return take
+
+
+def _asker(config: ClusterConfig, ray: RayCluster, device: Device) -> Callable[[int], None]:
+    """Nobody is asked for more than an embedded instance has, which does not grow."""
+    if config.ray_address is None:
+        return lambda replicas: None
+    each, spares = config.ranks_per_replica, config.spares
+    return lambda replicas: ray.ask_for(each * (replicas + spares), device)
 
 
 def _desired(config: ClusterConfig) -> Desired:
@@ -219,6 +231,7 @@ async def _start_host(
         reflection=config.reflection,
         operators=[name.strip() for name in config.operators.split(",")],
         restart=supervisor.restart_all,
+        scale=supervisor.scale,
     )
     await host.start()
     service.on_drain.append(lambda: host.set_serving(False))
@@ -286,8 +299,12 @@ async def _watch(
 
 async def _publish(engine: AsyncEngine, metrics: Metrics) -> None:
     while True:
+        loads = []
         for handle in engine.replicas:
-            metrics.set_replica(handle.replica_id, handle.replica.stats())
+            stats = handle.replica.stats()
+            metrics.set_replica(handle.replica_id, stats)
+            loads.append((stats, handle.places))
+        metrics.set_desired(desired_replicas(loads, engine.homeless))
         await asyncio.sleep(GAUGES_EVERY_S)
 
 

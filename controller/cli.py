@@ -19,6 +19,7 @@ from .commands.kernels import kernels
 from .commands.models import models
 from .commands.plan import plan
 from .commands.restart import restart
+from .commands.scale import scale
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.status import status
@@ -78,7 +79,19 @@ def phalanx(
     """
 
 
-for command in (demo, serve, chat, generate, status, restart, explain, plan, models, simulate):
+for command in (
+    demo,
+    serve,
+    chat,
+    generate,
+    status,
+    restart,
+    scale,
+    explain,
+    plan,
+    models,
+    simulate,
+):
     app.command()(command)
 
 measuring = typer.Typer(rich_markup_mode="rich")

@@ -116,6 +116,12 @@ class Client(Connection):
         request = admin_pb2.RestartReplicasRequest()
         return int(self._unary(self._admin.RestartReplicas, request).replicas)
 
+    def scale_replicas(self, replicas: int) -> int:
+        """Begin to let replicas join or leave until there are so many; returns how many were wanted
+        before. For operators, else `PermissionDenied`."""
+        request = admin_pb2.ScaleReplicasRequest(replicas=replicas)
+        return int(self._unary(self._admin.ScaleReplicas, request).before)
+
     def healthy(self) -> bool:
         """Whether the server answers and says that it can serve."""
         return self._check_health(self.timeout)
@@ -267,6 +273,11 @@ class AsyncClient(Connection):
         """See `Client.restart_replicas`."""
         request = admin_pb2.RestartReplicasRequest()
         return int((await self._unary(self._admin.RestartReplicas, request)).replicas)
+
+    async def scale_replicas(self, replicas: int) -> int:
+        """See `Client.scale_replicas`."""
+        request = admin_pb2.ScaleReplicasRequest(replicas=replicas)
+        return int((await self._unary(self._admin.ScaleReplicas, request)).before)
 
     async def healthy(self) -> bool:
         """See `Client.healthy`."""

@@ -65,6 +65,13 @@ class ClusterConfig:
         group="Advanced",
     )
     replicas: int = option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
+    max_replicas: int | None = option(
+        None,
+        "Copies that `phalanx scale` may ask for; auto is REPLICAS.",
+        low=1,
+        high=1024,
+        unset="auto",
+    )
     dtype: str = option(
         "auto",
         "Number format of weights and activations; of linear layers' weights alone: int8, on CPUs, "
@@ -265,10 +272,19 @@ class ClusterConfig:
     )
 
     def __post_init__(self) -> None:
-        wrong = [text for item in RULES for text in _check_field(item, getattr(self, item))]
+        wrong = [
+            text
+            for name, rule in RULES.items()
+            for text in rule.violations(name, KINDS[name], getattr(self, name))
+        ]
         wrong = wrong or disagreements(self)
         if wrong:
             raise ConfigError("; ".join(wrong))
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may be at a time."""
+        return self.max_replicas or self.replicas
 
     @property
     def ranks_per_replica(self) -> int:
@@ -304,20 +320,6 @@ KINDS: dict[str, type] = {
     for item in dataclasses.fields(ClusterConfig)
 }
 """Field name to the Python type of its values."""
-
-
-def _check_field(name: str, value: object) -> list[str]:
-    rule, kind = RULES[name], KINDS[name]
-    if value is None and rule.unset:
-        return []
-    is_bool = isinstance(value, bool)
-    fits = isinstance(value, (int, float) if kind is float else kind) and is_bool == (kind is bool)
-    if fits and isinstance(value, str):
-        fits = value in rule.choices if rule.choices else value != ""
-    elif fits and isinstance(value, int | float) and not is_bool:
-        fits = (rule.low is None or rule.low <= value) and (rule.high is None or value <= rule.high)
-    allowed = "true or false" if kind is bool else rule.allowed
-    return [] if fits else [f"{name} is {value!r}, allowed: {allowed}"]
 
 
 def parse_value(name: str, value: object) -> object:

@@ -113,6 +113,10 @@ class AsyncEngine:
         await handle.left.wait()
         return ending
 
+    def resize(self, replicas: int) -> None:
+        """So many slots there are from now on. Precondition: those that go have no replica."""
+        self._slots[replicas:] = [None] * (replicas - len(self._slots))
+
     @property
     def replicas(self) -> list[ReplicaHandle]:
         """Those that are there, lost ones not yet replaced included."""
@@ -129,6 +133,11 @@ class AsyncEngine:
         return frozenset(
             stream.replica for stream in self._by_name.values() if stream.replica is not None
         )
+
+    @property
+    def homeless(self) -> int:
+        """Requests that have no replica."""
+        return len(self._homeless)
 
     def tick(self, now: float) -> None:
         """End homeless requests whose deadline has passed; to be called now and then."""

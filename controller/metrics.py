@@ -77,6 +77,7 @@ TABLE = (
     Row("step_execute_seconds", Histogram, "Time that ranks spent on a step"),
     Row("step_rows", Histogram, "Sequences in a step", buckets=COUNTS),
     Row("step_tokens", Histogram, "Tokens computed in a step", buckets=COUNTS),
+    Row("desired_replicas", Gauge, "Replicas that the load asks for"),
     Row("running_requests", Gauge, "Requests being computed", "replica"),
     Row("waiting_requests", Gauge, "Requests waiting for a place", "replica"),
     Row("kv_blocks", Gauge, "KV blocks in all", "replica"),
@@ -195,6 +196,10 @@ class Metrics:
         self._execute.observe(times.execute_s)
         self._rows.observe(times.rows)
         self._tokens.observe(times.tokens)
+
+    def set_desired(self, replicas: int) -> None:
+        """So many replicas the load asks for."""
+        self._all["desired_replicas"].set(replicas)
 
     def set_replica(self, replica_id: str, stats: ReplicaStats) -> None:
         """Take over a replica's state; counts that fell mean that it started anew."""

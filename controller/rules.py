@@ -37,6 +37,21 @@ class Rule:
         text += " bytes, such as 2GiB" if self.size else ""
         return f"{text}, or {self.unset}" if self.unset else text
 
+    def violations(self, name: str, kind: type, value: object) -> list[str]:
+        """What is wrong with the value of field `name`, whose values are of type `kind`."""
+        if value is None and self.unset:
+            return []
+        is_bool = isinstance(value, bool)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        fits = fits and is_bool == (kind is bool)
+        if fits and isinstance(value, str):
+            fits = value in self.choices if self.choices else value != ""
+        elif fits and isinstance(value, int | float) and not is_bool:
+            above = self.low is None or self.low <= value
+            fits = above and (self.high is None or value <= self.high)
+        allowed = "true or false" if kind is bool else self.allowed
+        return [] if fits else [f"{name} is {value!r}, allowed: {allowed}"]
+
 
 def option(default: Any, help: str, **rule: Any) -> Any:
     """A field with its default and its rule."""

@@ -101,7 +101,7 @@ class ReplicaStarter:
             display.account(facts, memory)
         config, meter = self._config, PaceMeter(self._observer)
         cache = self._make_cache(memory)
-        if config.replicas > 1:
+        if config.most_replicas > 1:
             cache.track_changes(epoch)
 
         def on_lost(error: GroupLost) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
+from phalanx.protos.errors import ConfigError, GroupLost, InvalidArgument, PhalanxError
 
 from .cluster.fleet import REASON, NoPlace
 from .cluster.recovery import (
@@ -62,7 +62,14 @@ class Supervisor:
         desired: Desired | None = None,
         look: Look = lambda: None,
         spares: SparePool | None = None,
+        *,
+        max_replicas: int | None = None,
+        ask_for: Callable[[int], None] = lambda replicas: None,
     ) -> None:
+        """max_replicas: that `scale` allows; None: as many as at first. ask_for: tells whoever
+        provides machines how many replicas there are to be; called on a thread."""
+        self._wanted, self._max_replicas = replicas, max_replicas or replicas
+        self._ask_for = ask_for
         self._engine, self._start_replica, self._look = engine, start, look
         self._desired, self._spares = desired or Desired(), spares
         self._warming: asyncio.Task[None] | None = None
@@ -79,6 +86,7 @@ class Supervisor:
         min_tp: replicas may start as small as this where places for more are not there for a
         while; None: they may not.
         """
+        await self._ask(self._wanted)
         for index in range(len(self._slots)):
             await self._start(index, await self._first_size(min_tp))
 
@@ -109,6 +117,16 @@ class Supervisor:
         self._changed.set()
         return len(self._slots)
 
+    def scale(self, replicas: int) -> int:
+        """Let replicas join or leave, the one with the highest index first; returns how many were
+        wanted before. Raises `InvalidArgument`."""
+        if not 1 <= replicas <= self._max_replicas:
+            text = f"{replicas}, 1 to {self._max_replicas} allowed (max_replicas)"
+            raise InvalidArgument.of("replicas", text)
+        before, self._wanted = self._wanted, replicas
+        self._changed.set()
+        return before
+
     async def close(self) -> None:
         """Stop all replicas, for good."""
         self._engine.on_replica_lost = lambda index, error: None
@@ -124,6 +142,7 @@ class Supervisor:
 
     async def _keep(self) -> None:
         while True:
+            await self._resize()
             match (await self._next())[0]:
                 case Start(index, tp):
                     await self._start_again(index, tp)
@@ -133,6 +152,31 @@ class Supervisor:
                     self._warming = asyncio.create_task(self._add_spare())
                 case Wait(seconds):
                     await self._wait(seconds)
+
+    async def _resize(self) -> None:
+        """Make slots for replicas that are to join; end the last ones that are to leave."""
+        if self._wanted > len(self._slots):
+            await self._ask(self._wanted)
+            self._slots += [Slot() for _ in range(self._wanted - len(self._slots))]
+            self._engine.resize(len(self._slots))
+        # streams must find another replica
+        while self._wanted < len(self._slots) and any(
+            slot.running for slot in self._slots[: self._wanted]
+        ):
+            index = len(self._slots) - 1
+            _log.warning("replica-%d: leaves", index)
+            ending = await self._engine.release(index)
+            del self._slots[index]
+            self._engine.resize(index)
+            if ending is not None:
+                await ending
+            await self._ask(self._wanted)
+
+    async def _ask(self, replicas: int) -> None:
+        try:
+            await asyncio.to_thread(self._ask_for, replicas)
+        except PhalanxError as error:
+            _log.warning("nobody was told that %d replicas are wanted: %s", replicas, error)
 
     async def _next(self) -> tuple[Action, ...]:
         """What is to be done, by what is seen now."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import ray
 from ray._private import state
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -90,6 +91,15 @@ class RayCluster:
             }
         except RayError as error:
             raise GroupLost(f"Ray does not say what is free: {type(error).__name__}") from error
+
+    def ask_for(self, ranks: int, device: Device) -> None:
+        """Tell the cluster's autoscaler, where it has one, that it shall have room for so many ranks
+        in all, the server's own included. Raises `GroupLost` when Ray does not answer."""
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+        try:
+            request_resources(bundles=[bundle] * ranks)
+        except (RayError, RuntimeError, ConnectionError) as error:
+            raise GroupLost(f"Ray's autoscaler cannot be told: {type(error).__name__}") from error
 
     def close(self) -> None:
         """Disconnect; an embedded instance ends."""
@@ -346,7 +356,7 @@ def ray_fleet(config: ClusterConfig, device: Device) -> RayFleet:
         placement=config.placement,
         collectives=config.collectives,
         threads=config.threads,
-        replicas=config.replicas,
+        replicas=config.most_replicas,
         start_timeout_s=config.start_timeout_s,
         step_timeout_s=config.step_timeout_s,
         silence_timeout_s=config.silence_timeout_s,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
 from phalanx.controller.kvcache.blocks import require
 from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.steps import BlockCopy
 
 from .config import SchedulerConfig
+from .places import Places
 from .plan import PlanDraft
 from .queue import WaitingQueue
 from .sample import Sample, State
+
+FAVOURED = 0.75
+"""Of the budget that streams leave: for prompts of tenants below their share."""
 
 
 class StepPlanner:
@@ -21,6 +26,9 @@ class StepPlanner:
     2. Running samples that need more: the next chunk of their prompts, oldest first.
     3. The head of the queue, again and again. A head that does not fit waits, and everybody
        behind it.
+
+    While several tenants come, what 2 and 3 have for those that run less than their share goes
+    before, with `FAVOURED` of the budget, and the last places are theirs (`places.Places`).
 
     A running sample that finds no block takes those of the youngest one. The loser goes back to
     the head of the queue and computes its tokens again later, the output included. A sample that
@@ -32,6 +40,7 @@ class StepPlanner:
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config, self._cache = config, cache
         self.waiting = WaitingQueue(config.tenants, config.max_bypass, config.aging_s)
+        self._places = Places(config.tenants, config.max_running)
         self.running: dict[int, Sample] = {}
         """By attempt id."""
         self.dismissed: list[int] = []
@@ -47,7 +56,11 @@ class StepPlanner:
     def plan(self, now: float) -> PlanDraft:
         """The work of the next step; its rows are empty when there is none."""
         draft = PlanDraft(self._config.max_tokens_per_step)
-        self._continue_running(draft)
+        chunks = self._continue_streams(draft)
+        self._places.forget(now)
+        if self._places.contended:
+            self._favour(draft, chunks, now)
+        self._continue_chunks(draft, chunks)
         self._admit(draft, now)
         for sample in draft.samples.values():
             self._cache.commit(sample.seq, sample.num_computed)
@@ -56,9 +69,19 @@ class StepPlanner:
         self._cache.settle_states()
         return draft
 
+    def running_of(self, tenant: str) -> int:
+        """Samples of the tenant that hold blocks."""
+        return self._places.running[tenant]
+
+    def enqueue(self, sample: Sample) -> None:
+        """A sample has arrived."""
+        self._places.saw(sample.request.tenant, sample.request.arrival)
+        self.waiting.append(sample)
+
     def dismiss(self, sample: Sample) -> None:
         """Take a running sample's blocks away. They may be handed out at once."""
         del self.running[sample.seq]
+        self._places.ended(sample.request.tenant)
         self._cache.commit(sample.seq, sample.num_computed)
         self._cache.release(sample.seq)
         self.dismissed.append(sample.seq)
@@ -72,8 +95,11 @@ class StepPlanner:
             room = len(self._cache.table(seq)) * self._cache.block_size
             require(sample.num_computed <= room, f"attempt {seq} computes beyond its blocks")
             require(sample.length <= sample.limit, f"attempt {seq} is planned past its limit")
+        tenants = Counter(sample.request.tenant for sample in self.running.values())
+        require(tenants == self._places.running, "running samples of tenants are miscounted")
 
-    def _continue_running(self, draft: PlanDraft) -> None:
+    def _continue_streams(self, draft: PlanDraft) -> list[Sample]:
+        """One token for each that needs one; returns those that need more, oldest first."""
         chunks: list[Sample] = []
         for sample in sorted(self.running.values(), key=_by_arrival):
             if sample.state is not State.RUNNING or sample.is_complete:
@@ -82,9 +108,22 @@ class StepPlanner:
                 chunks.append(sample)
             elif (blocks := self._grow(sample)) is not None:
                 self._add(draft, sample, blocks)
+        return chunks
+
+    def _continue_chunks(self, draft: PlanDraft, chunks: Iterable[Sample]) -> None:
         for sample in chunks:
-            if draft.budget and sample.state is State.RUNNING:
+            has_row = sample.seq in draft.samples
+            if draft.budget and sample.state is State.RUNNING and not has_row:
                 self._add(draft, sample, [])  # room for all known tokens came with the admission
+
+    def _favour(self, draft: PlanDraft, chunks: Sequence[Sample], now: float) -> None:
+        """Prompts of tenants below their share come first, with `FAVOURED` of the budget."""
+        rest = draft.budget - int(FAVOURED * draft.budget)
+        draft.budget -= rest
+        below = self._places.below_share
+        self._continue_chunks(draft, [item for item in chunks if below(item.request.tenant)])
+        self._admit(draft, now, favoured=True)
+        draft.budget += rest
 
     def _add(self, draft: PlanDraft, sample: Sample, blocks: list[int]) -> None:
         """Let the sample compute; where there are states, say where its own are."""
@@ -128,15 +167,17 @@ class StepPlanner:
             self.waiting.push_front(follower)
         leader.followers = []
 
-    def _admit(self, draft: PlanDraft, now: float) -> None:
+    def _admit(self, draft: PlanDraft, now: float, *, favoured: bool = False) -> None:
+        """Begin with those that wait; favoured: with those of tenants below their share only."""
         while draft.budget and self.waiting and len(self.running) < self._config.max_running:
-            sample = self.waiting.head
+            sample = self._next(favoured=favoured)
             # a preempted sample's last tokens must be here before it can be described in full
-            if sample.pending or not self._open_table(sample, draft):
+            if sample is None or sample.pending or not self._open_table(sample, draft):
                 return
             self.waiting.remove(sample)
             sample.state = State.RUNNING
             self.running[sample.seq] = sample
+            self._places.running[sample.request.tenant] += 1
             if not sample.was_admitted and sample.fork_of is None:
                 self.last_queue_time = now - sample.request.arrival
                 self.queue_times.append(self.last_queue_time)
@@ -144,6 +185,17 @@ class StepPlanner:
             sample.was_admitted, sample.fork_of = True, None
             draft.new.append(sample.new_sequence())
             self._add(draft, sample, list(self._cache.table(sample.seq)))
+
+    def _next(self, *, favoured: bool) -> Sample | None:
+        """Whose turn it is, of those that may take a place."""
+        places, free = self._places, self._config.max_running - len(self.running)
+
+        def may(tenant: str) -> bool:
+            return places.below_share(tenant) if favoured else places.may_take(tenant, free)
+
+        if self.waiting.has_returned or may(self.waiting.head.request.tenant):
+            return self.waiting.head
+        return self.waiting.first_of(may)
 
     def _open_table(self, sample: Sample, draft: PlanDraft) -> bool:
         """Give the sample blocks for all its known tokens and one more. False: it must wait."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from phalanx.controller.tenants import Tenants
@@ -102,6 +102,18 @@ class WaitingQueue:
         if self._turn is None:
             self._turn = self._share.next()
         return self._lines[self._turn].first
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether the head is a preempted or forked sample."""
+        return bool(self._front)
+
+    def first_of(self, allowed: Callable[[str], bool]) -> Sample | None:
+        """The head of the line of the tenant that has had the least, of the allowed ones. The turn
+        stays where it is. O(tenants)."""
+        tenants = filter(allowed, self._lines)
+        best = min(tenants, key=self._share.counter, default=None)
+        return None if best is None else self._lines[best].first
 
     def append(self, sample: Sample) -> None:
         """Add to its tenant's line."""

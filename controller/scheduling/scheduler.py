@@ -132,7 +132,7 @@ class Scheduler:
         self._of_tenant[group[0].tenant] += len(samples)
         leader, *followers = samples
         _follow(leader, followers)
-        self._planner.waiting.append(leader)
+        self._planner.enqueue(leader)
 
     def abort(
         self,
@@ -246,8 +246,7 @@ class Scheduler:
         most = self._config.max_queued if own is None else min(own, self._config.max_queued)
         if self._of_tenant.get(tenant, 0) < most:
             return
-        runs = sum(sample.request.tenant == tenant for sample in self._planner.running.values())
-        waiting = self._of_tenant[tenant] - runs
+        waiting = self._of_tenant[tenant] - self._planner.running_of(tenant)
         if waiting >= most:
             raise ResourceExhausted(
                 f"max_queued of tenant {tenant!r}: the queue is full, "

@@ -69,10 +69,11 @@ class GrpcHost:
         reflection: bool = False,
         operators: Collection[str] = (),
         restart: Callable[[], int] | None = None,
+        scale: Callable[[int], int] | None = None,
     ) -> None:
         """operators: tenants who may call the `AdminService`; where callers are not known, all of
-        this machine may. restart: what its `RestartReplicas` does; None: there is no such
-        service."""
+        this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
+        None: there is no such service."""
         self._service, self._host, self._port = service, host, port
         self._credentials = server_credentials(tls_cert, tls_key, tls_client_ca)
         self._tokens = None if token_file is None else TokenTable.read(token_file)
@@ -81,7 +82,9 @@ class GrpcHost:
         check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
         service.identify = self._tenant
         self._operators = frozenset(operators) if known else None
-        self._admin = None if restart is None else AdminService(self._may_operate, restart)
+        self._admin = None
+        if restart is not None and scale is not None:
+            self._admin = AdminService(self._may_operate, restart, scale)
         self._health = HealthService((SERVICE, OPEN_INFERENCE))
         self._open_inference = OpenInferenceService(service, lambda: self._health.serving)
         self._server: Any = None

@@ -24,17 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dphalanx/protos/v1/admin.proto\x12\nphalanx.v1\"\x18\n\x16RestartReplicasRequest\"+\n\x17RestartReplicasResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r2j\n\x0c\x41\x64minService\x12Z\n\x0fRestartReplicas\x12\".phalanx.v1.RestartReplicasRequest\x1a#.phalanx.v1.RestartReplicasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dphalanx/protos/v1/admin.proto\x12\nphalanx.v1\"(\n\x14ScaleReplicasRequest\x12\x10\n\x08replicas\x18\x01 \x01(\r\"\'\n\x15ScaleReplicasResponse\x12\x0e\n\x06\x62\x65\x66ore\x18\x01 \x01(\r\"\x18\n\x16RestartReplicasRequest\"+\n\x17RestartReplicasResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r2\xc0\x01\n\x0c\x41\x64minService\x12Z\n\x0fRestartReplicas\x12\".phalanx.v1.RestartReplicasRequest\x1a#.phalanx.v1.RestartReplicasResponse\x12T\n\rScaleReplicas\x12 .phalanx.v1.ScaleReplicasRequest\x1a!.phalanx.v1.ScaleReplicasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'phalanx.protos.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESTARTREPLICASREQUEST']._serialized_start=45
-  _globals['_RESTARTREPLICASREQUEST']._serialized_end=69
-  _globals['_RESTARTREPLICASRESPONSE']._serialized_start=71
-  _globals['_RESTARTREPLICASRESPONSE']._serialized_end=114
-  _globals['_ADMINSERVICE']._serialized_start=116
-  _globals['_ADMINSERVICE']._serialized_end=222
+  _globals['_SCALEREPLICASREQUEST']._serialized_start=45
+  _globals['_SCALEREPLICASREQUEST']._serialized_end=85
+  _globals['_SCALEREPLICASRESPONSE']._serialized_start=87
+  _globals['_SCALEREPLICASRESPONSE']._serialized_end=126
+  _globals['_RESTARTREPLICASREQUEST']._serialized_start=128
+  _globals['_RESTARTREPLICASREQUEST']._serialized_end=152
+  _globals['_RESTARTREPLICASRESPONSE']._serialized_start=154
+  _globals['_RESTARTREPLICASRESPONSE']._serialized_end=197
+  _globals['_ADMINSERVICE']._serialized_start=200
+  _globals['_ADMINSERVICE']._serialized_end=392
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class AdminServiceStub(object):
                 request_serializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasRequest.SerializeToString,
                 response_deserializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasResponse.FromString,
                 _registered_method=True)
+        self.ScaleReplicas = channel.unary_unary(
+                '/phalanx.v1.AdminService/ScaleReplicas',
+                request_serializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasRequest.SerializeToString,
+                response_deserializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -52,6 +57,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleReplicas(self, request, context):
+        """Let replicas join or leave until there are so many. Returns at once; those that leave hand
+        their running requests to the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +72,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RestartReplicas,
                     request_deserializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasRequest.FromString,
                     response_serializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasResponse.SerializeToString,
+            ),
+            'ScaleReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleReplicas,
+                    request_deserializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasRequest.FromString,
+                    response_serializer=phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +106,33 @@ class AdminService(object):
             '/phalanx.v1.AdminService/RestartReplicas',
             phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasRequest.SerializeToString,
             phalanx_dot_protos_dot_v1_dot_admin__pb2.RestartReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.AdminService/ScaleReplicas',
+            phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasRequest.SerializeToString,
+            phalanx_dot_protos_dot_v1_dot_admin__pb2.ScaleReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

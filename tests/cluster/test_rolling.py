@@ -15,7 +15,7 @@ import pytest
 
 from phalanx.controller.app import DRAIN_S
 from phalanx.controller.client import AsyncClient
-from phalanx.protos.errors import Unavailable
+from phalanx.protos.errors import InvalidArgument, Unavailable
 
 SERVE = "from phalanx.controller.cli import main; main()"
 READERS, TOKENS = 6, 120
@@ -145,6 +145,37 @@ def test_a_rolling_restart_and_then_a_drain_lose_no_request(serve: Callable[...,
     server = serve("--replicas", "2")
     asyncio.run(roll(server, 2))
     asyncio.run(drain(server))
+
+
+async def scale(server: Server) -> None:
+    async with AsyncClient(server.address) as client:
+        load = Load(client)
+        reading = asyncio.create_task(load.run())
+        for before, wanted in ((1, 2), (2, 1)):
+            assert await client.scale_replicas(wanted) == before
+            states: list[str] = []
+            async with asyncio.timeout(120):
+                while states != ["ready"] * wanted:
+                    await asyncio.sleep(0.02)
+                    assert not reading.done()
+                    states = [item.state for item in (await client.cluster_state()).replicas]
+            if wanted == 2:  # the one that leaves has streams by then
+                async with asyncio.timeout(60):
+                    while not (await client.cluster_state()).replicas[1].running_requests:
+                        await asyncio.sleep(0.01)
+        load.end()
+        await reading
+        assert load.answers >= READERS
+        for count in (0, 3):
+            with pytest.raises(InvalidArgument, match="max_replicas"):
+                await client.scale_replicas(count)
+        (replica,) = (await client.cluster_state()).replicas
+        assert replica.kv_blocks_free == replica.kv_blocks_total
+
+
+def test_a_replica_joins_and_leaves_under_load(serve: Callable[..., Server]) -> None:
+    """From one to two and back: no request fails, and all tokens stay the same."""
+    asyncio.run(scale(serve("--max-replicas", "2")))
 
 
 @pytest.mark.slow
