@@ -56,7 +56,7 @@ NARROWER = {
 WITHOUT_TORCH = ("workers/checkpoint/", "workers/models/")
 INNER = {
     "controller/kvcache/": set[str](),
-    "controller/scheduling/": {"kvcache"},
+    "controller/scheduling/": {"kvcache", "tenants"},
     "controller/benchmark/": {"client"},
 }
 """Which neighbours these folders of the controller may import."""

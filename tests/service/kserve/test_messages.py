@@ -171,7 +171,9 @@ def test_a_caller_that_does_not_read_its_stream_is_let_go(
             add(front, server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            narrow = [("grpc.http2.bdp_probe", 0)]  # a window that is soon full
+            target = f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(target, options=narrow) as channel:
                 stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
                 call = stub.ModelStreamInfer(timeout=30)
                 for _ in range(2):
