@@ -13,15 +13,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
+from phalanx.protos.specs import DTYPE_BYTES, DType, foreign_formats
 
 MIB = 2**20
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": MIB, "GIB": 2**30, "TIB": 2**40}
 BYTE_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+DTYPES, KV_DTYPES = ("auto", *get_args(DType)), ("auto", *DTYPE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ class ClusterConfig:
     replicas: int = _option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
     dtype: str = _option(
         "auto",
-        "Number format of weights and activations; in int8, of linear layers, on CPUs.",
+        "Number format of weights and activations; of linear layers' weights alone: int8, on CPUs, "
+        "fp8 and int4, on GPUs.",
         choices=DTYPES,
     )
     kv_dtype: str = _option(
-        "auto", "Number format of the KV cache; auto is the activations'.", choices=DTYPES
+        "auto",
+        "Number format of the KV cache; auto is the activations'; int8 on CPUs, fp8 on GPUs.",
+        choices=KV_DTYPES,
     )
     device: str = _option("auto", "Where ranks compute.", choices=("auto", "cpu", "cuda"))
     block_size: int = _option(16, "Tokens of a KV block.", low=1, high=1024)
@@ -252,11 +256,7 @@ class ClusterConfig:
                 f"max_tokens_per_step is {self.max_tokens_per_step}, allowed: at least max_running "
                 f"({self.max_running}), one token for each"
             )
-        for name in ("dtype", "kv_dtype"):
-            if self.device == "cuda" and getattr(self, name) == "int8":
-                wrong.append(
-                    f"{name} is 'int8', which GPUs do not have here: allowed with device cpu"
-                )
+        wrong += foreign_formats(self.dtype, self.kv_dtype, self.device)
         if (self.tls_cert is None) != (self.tls_key is None):
             wrong.append("tls_cert and tls_key are given together or not at all")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .float8 import Float8Rows
 from .interface import AttentionPlan, AttentionSpec, KernelBackend, PackedLinear
 
 
@@ -207,3 +208,18 @@ class PeerSummingBackend(KernelBackend, Protocol):
         The sum is written into residual. A buffer may be written again once a later call on
         another buffer has begun: two in turn are enough.
         """
+
+
+@runtime_checkable
+class PeerRoundingBackend(PeerSummingBackend, Protocol):
+    """A `PeerSummingBackend` that can round what it normed in the same call."""
+
+    def all_reduce_add_rms_norm_quantize(
+        self,
+        peers: PeerBuffers,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Float8Rows, Tensor]:
+        """As `all_reduce_add_rms_norm`, its first result rounded to float8."""

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .float8 import FLOAT8, clamped
 from .interface import KernelBackend, PackedLinear
 
 LEVELS = 127
@@ -58,6 +59,8 @@ def pool_width(head_dim: int, dtype: torch.dtype) -> int:
 
 def to_pool(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values [..., D] as a KV pool of `dtype` holds them, [..., pool_width]."""
+    if dtype is FLOAT8:
+        return clamped(rows)
     if dtype is not torch.int8:
         return rows.to(dtype)
     levels, scales = quantize(rows)
@@ -65,7 +68,9 @@ def to_pool(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def from_pool(rows: Tensor) -> Tensor:
-    """Rows of a KV pool as numbers [..., D]: float32 from int8, others as they are."""
+    """Rows of a KV pool as numbers [..., D]: float32 from 8 bits, others as they are."""
+    if rows.dtype is FLOAT8:
+        return rows.float()
     if rows.dtype is not torch.int8:
         return rows
     scales = (

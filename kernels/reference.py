@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import float8, int4
 from .int8 import from_pool, quantize, to_pool
 from .interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan, StateInputs
 
@@ -33,6 +34,19 @@ class _Tables(NamedTuple):
     lengths: Tensor
 
 
+class _Float8:
+    """A weight rounded to float8."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._rows, self._bias = float8.pack(weight), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.of_rows(float8.Float8Rows(*float8.quantize(x), x.dtype))
+
+    def of_rows(self, rows: float8.Float8Rows) -> Tensor:
+        return float8.multiply(rows, *self._rows, self._bias)
+
+
 class ReferenceBackend:
     """Ten lines of torch for each operation."""
 
@@ -53,6 +67,26 @@ class ReferenceBackend:
             return (product if bias is None else product + bias.float()).to(x.dtype)
 
         return linear
+
+    def pack_linear_fp8(self, weight: Tensor, bias: Tensor | None) -> float8.Float8Linear:
+        """Levels are multiplied in float64."""
+        return _Float8(weight, bias)
+
+    def pack_linear_int4(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The rounded weight as numbers."""
+        rounded = int4.dequantize(*int4.quantize(weight), weight.shape[1])
+        return lambda x: F.linear(x, rounded, bias)
+
+    def add_rms_norm_quantize(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[float8.Float8Rows, Tensor]:
+        """One after the other."""
+        normed, residual = self.add_rms_norm(x, residual, weight, eps, offset)
+        return float8.Float8Rows(*float8.quantize(normed), x.dtype), residual
+
+    def gated_quantize(self, gate_up: Tensor, activation: str) -> float8.Float8Rows:
+        """One after the other."""
+        return float8.Float8Rows(*float8.quantize(self.gated(gate_up, activation)), gate_up.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Normalise in float32, round to the dtype of x, then scale; with an offset, scale first."""
@@ -106,8 +140,10 @@ class ReferenceBackend:
     ) -> None:
         """One row per token and head."""
         for source, pool in ((key, key_pool), (value, value_pool)):
-            rows = to_pool(source.transpose(0, 1), pool.dtype)
-            pool.flatten(1, 2).index_copy_(1, slots, rows)
+            rows, flat = to_pool(source.transpose(0, 1), pool.dtype), pool.flatten(1, 2)
+            if pool.dtype is float8.FLOAT8:  # torch moves bytes, but not these
+                rows, flat = rows.view(torch.uint8), flat.view(torch.uint8)
+            flat.index_copy_(1, slots, rows)
 
     def plan_attention(self, spans: Sequence[SequenceSpan], block_size: int) -> AttentionPlan:
         """Nothing to prepare."""

@@ -15,13 +15,14 @@ from typing import NamedTuple
 from .errors import ConfigError
 from .specs import (
     DTYPE_BYTES,
-    INT8_MOST_INPUTS,
-    INT8_SCALE_BYTES,
+    ROUNDED_DTYPES,
+    SCALE_BYTES,
     DecoderSpec,
     DType,
     LatentSpec,
     StateSpec,
     activation_dtype,
+    linear_bytes,
 )
 
 MAX_LOGIT_ROWS = 64
@@ -224,7 +225,7 @@ def weight_bytes(
     """Bytes of the weights that one rank of a stage holds; attention sinks, what corrects a choice
     of experts, and the numbers that a state space's states decay by, are float32.
 
-    In int8, linear layers take a byte a weight and a scale for each output, and a table that is
+    Rounded linear layers take `linear_bytes`. In int8 the head is rounded too, and a table that is
     both embedding and head is held twice, once in each format.
     """
     size, stage = DTYPE_BYTES[activation_dtype(dtype)], stage or whole(model)
@@ -236,15 +237,15 @@ def weight_bytes(
     if model.state is not None:
         wide += _decay_parameters(model.state, tp_size, rank) * state_layers(model, stage)
     total = size * weight_parameters(model, tp_size, rank, stage) + (4 - size) * wide
-    if dtype != "int8":
+    if dtype not in ROUNDED_DTYPES:
         return total
     head = (part.vocab.size, model.hidden_size)
-    if model.tie_embeddings and stage.is_first and stage.is_last:
+    shapes = [head] if stage.is_last and dtype == "int8" else []
+    if shapes and model.tie_embeddings and stage.is_first:
         total += size * head[0] * head[1]
-    shapes = [head] if stage.is_last else []
     for layer in range(*stage.layers):
-        shapes += _linear_shapes(model, part, layer)
-    return total + sum(int8_bytes(*shape) - size * shape[0] * shape[1] for shape in shapes)
+        shapes += linear_shapes(model, part, layer)
+    return total + sum(linear_bytes(dtype, *shape) - size * shape[0] * shape[1] for shape in shapes)
 
 
 def _first_parameters(model: DecoderSpec, part: RankCut) -> int:
@@ -260,14 +261,7 @@ def _last_parameters(model: DecoderSpec, part: RankCut) -> int:
     return (model.hidden_size + model.head_bias) * part.vocab.size + _norm_parameters(model)
 
 
-def int8_bytes(outputs: int, inputs: int) -> int:
-    """Bytes of a linear layer's weight in a model of dtype int8."""
-    if inputs > INT8_MOST_INPUTS:
-        return DTYPE_BYTES["bfloat16"] * outputs * inputs
-    return outputs * (inputs + INT8_SCALE_BYTES)
-
-
-def _linear_shapes(model: DecoderSpec, part: RankCut, layer: int) -> list[tuple[int, int]]:
+def linear_shapes(model: DecoderSpec, part: RankCut, layer: int) -> list[tuple[int, int]]:
     """(outputs, inputs) of a layer's projections, the routers of experts left out."""
     hidden, dim = model.hidden_size, model.head_dim
     heads, latent = part.heads.query.size, model.latent
@@ -374,7 +368,7 @@ def kv_bytes_per_token(
     kv = cut_heads(model.num_heads, model.num_kv_heads, tp_size, rank).kv.size
     stage = stage or whole(model)
     layers = stage.layers.size - state_layers(model, stage)
-    row = model.head_dim * DTYPE_BYTES[dtype] + INT8_SCALE_BYTES * (dtype == "int8")
+    row = model.head_dim * DTYPE_BYTES[dtype] + SCALE_BYTES * (dtype == "int8")
     return 2 * layers * kv * row
 
 

@@ -6,17 +6,53 @@ from typing import Literal
 
 import msgspec
 
-DType = Literal["float32", "bfloat16", "float16", "int8"]
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-INT8_SCALE_BYTES = 4
-"""Of the float32 number that a row of int8 is multiplied by."""
+DType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "int4"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+"""Of an element, where elements have bytes of their own: a KV cache takes any of these."""
+ROUNDED_DTYPES = ("int8", "fp8", "int4")
+"""Formats of the weights of linear layers alone."""
+HOMES = {"int8": "cpu", "fp8": "cuda", "int4": "cuda"}
+"""Formats that only one kind of device has."""
+SCALE_BYTES = 4
+"""Of the float32 number that a row of int8 or float8 is multiplied by."""
 INT8_MOST_INPUTS = 2**16 - 1
 """Of an int8 product, which is summed in 32 bits; what has more stays bfloat16."""
 
 
+FLOAT8_UNIT = 16
+"""Both sizes of a float8 matrix are padded to a multiple of it."""
+INT4_GROUP = 128
+"""Inputs of an output that share a scale in int4; a matrix is padded to whole groups."""
+
+
 def activation_dtype(dtype: DType) -> DType:
-    """Of all that is not the weight of a linear layer: a model in int8 is otherwise bfloat16."""
-    return "bfloat16" if dtype == "int8" else dtype
+    """Of all that is not the weight of a linear layer: rounded models are otherwise bfloat16."""
+    return "bfloat16" if dtype in ROUNDED_DTYPES else dtype
+
+
+def foreign_formats(dtype: str, kv_dtype: str, device: str) -> list[str]:
+    """What is wrong with number formats on this kind of device, which may not be known yet."""
+    kinds = {"cpu": "CPUs", "cuda": "GPUs"}
+    return [
+        f"{name} is {value!r}, which {kinds[device]} do not have here: "
+        f"allowed with device {HOMES[value]}"
+        for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype))
+        if device in kinds and HOMES.get(value, device) != device
+    ]
+
+
+def linear_bytes(dtype: str, outputs: int, inputs: int) -> int:
+    """Bytes of a linear layer's weight in a model of a rounded dtype, scales included."""
+    wide = DTYPE_BYTES["bfloat16"]
+    if dtype == "int8":
+        if inputs > INT8_MOST_INPUTS:
+            return wide * outputs * inputs
+        return outputs * (inputs + SCALE_BYTES)
+    if dtype == "fp8":
+        outputs, inputs = (-(-n // FLOAT8_UNIT) * FLOAT8_UNIT for n in (outputs, inputs))
+        return outputs * (inputs + SCALE_BYTES)
+    groups = -(-inputs // INT4_GROUP)
+    return outputs * groups * (INT4_GROUP // 2 + wide)
 
 
 Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import FLOAT8
 from phalanx.kernels.fused import PoolArranger
 from phalanx.kernels.int8 import pool_width
 from phalanx.kernels.interface import KernelBackend
@@ -78,7 +79,7 @@ class PagedCache:
     ) -> None:
         """spare_blocks: so many behind those of `spec`, which no plan names. arrange: how the
         kernels want the pools of a layer."""
-        dtype = getattr(torch, spec.dtype)
+        dtype = FLOAT8 if spec.dtype == "fp8" else getattr(torch, spec.dtype)
         width = pool_width(head_dim, dtype)
         blocks = spec.num_blocks + spare_blocks
         shape = (num_layers, 2, kv_heads, blocks, spec.block_size, width)

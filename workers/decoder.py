@@ -13,8 +13,8 @@ from torch import Tensor
 
 from phalanx.kernels.fused import PeerSummingBackend
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.shards import Stage, cut_model, int8_bytes, whole
-from phalanx.protos.specs import DecoderSpec
+from phalanx.protos.shards import Stage, cut_model, whole
+from phalanx.protos.specs import ROUNDED_DTYPES, DecoderSpec, linear_bytes
 
 from .batch import Batch
 from .cache import LayerCache
@@ -25,7 +25,7 @@ from .layers.norm import Norm, Normalize
 from .loading.pieces import Piece
 from .models.layout import PLAIN
 from .models.registry import ModelNames
-from .packing import Int8Packer, LinearPacker
+from .packing import Int8Packer, packer
 from .parallel import PeerMemory, TensorParallel
 
 
@@ -42,11 +42,11 @@ class Decoder:
         device: torch.device,
         stage: Stage | None = None,
         *,
-        int8: bool = False,
+        weights: str | None = None,
     ) -> None:
-        """stage: which layers; all, by default. int8: linear layers and the head are rounded to
-        it when they are packed."""
-        self._packer: LinearPacker = Int8Packer(backend) if int8 else backend
+        """stage: which layers; all, by default. weights: what linear layers, and in int8 the
+        head, are rounded to when they are packed."""
+        self._packer, self._weights = packer(weights or "", backend), weights
         part = cut_model(model, group.size, group.rank)
         self._stage = stage = stage or whole(model)
         self._dtype, self._device = dtype, device
@@ -82,12 +82,16 @@ class Decoder:
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
         layouts = names.layouts
         shared = (group, backend, dtype, device)
-        self.layers = [
-            DecoderLayer(
+        # a device cannot hold all weights as they come, where there is just room for rounded ones
+        self._late = weights in ROUNDED_DTYPES and device.type != "cpu"
+        self.layers: list[DecoderLayer] = []
+        for i in range(*stage.layers):
+            layer = DecoderLayer(
                 model, part, names.layer(i), *shared, layer=i, layouts=layouts, deferred=deferred
             )
-            for i in range(*stage.layers)
-        ]
+            for linear in layer.linears if self._late else ():
+                linear.allocate(torch.device("meta"))
+            self.layers.append(layer)
 
     @property
     def carried(self) -> torch.dtype:
@@ -95,9 +99,17 @@ class Decoder:
         between layers."""
         return torch.float32 if self._device.type == "cpu" else self._dtype
 
+    def open(self, stage: int) -> list[Piece]:
+        """The pieces of a stage, laid out to be filled and then packed."""
+        if stage and self._late:
+            for linear in self.layers[stage - 1].linears:
+                linear.allocate(self._device)
+        return self.stages[stage]
+
     @property
     def stages(self) -> list[list[Piece]]:
-        """What the checkpoint must fill, in pieces that are loaded and packed together."""
+        """What the checkpoint must fill, in pieces that are loaded and packed together; some take
+        no memory before they are opened."""
         outer = [*self._tables, self._positions, self._embedding_norm, self._final_norm]
         first = [piece for part in outer if part is not None for piece in part.pieces]
         return [first, *(layer.pieces for layer in self.layers)]
@@ -107,17 +119,17 @@ class Decoder:
         """What the weights will take once they are packed; asked before."""
         pieces = [piece for stage in self.stages for piece in stage]
         total = sum(piece.target.numel() * piece.target.element_size() for piece in pieces)
-        if not isinstance(self._packer, Int8Packer):
+        if self._weights not in ROUNDED_DTYPES:
             return total
         linears = [linear for layer in self.layers for linear in layer.linears]
         rounded = [linear.weight for linear in linears if not linear.exact]
-        if self._head is not None:
+        if self._head is not None and isinstance(self._packer, Int8Packer):
             head = self._tables[-1].weight
             rounded.append(head)
             total += head.nbytes if self._model.tie_embeddings and self._embedding else 0
         for weight in rounded:
             if weight is not None:
-                total += int8_bytes(*weight.shape) - weight.nbytes
+                total += linear_bytes(self._weights, *weight.shape) - weight.nbytes
         return total
 
     def pack(self, stage: int) -> None:
@@ -125,7 +137,8 @@ class Decoder:
         if stage == 0:
             if self._head is not None:
                 shared = self._model.tie_embeddings and self._embedding is not None
-                self._head.pack(self._packer, shared=shared)
+                rounds = isinstance(self._packer, Int8Packer)
+                self._head.pack(self._packer if rounds else self._backend, shared=shared)
             return
         for linear in self.layers[stage - 1].linears:
             linear.pack(self._backend if linear.exact else self._packer)

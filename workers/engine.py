@@ -75,7 +75,7 @@ class Engine:
         self._names = self._weights.names(model)
         self._stage = stage = cut_stages(model, pipeline.size)[pipeline.stage]
         place = (group, backend, dtype, self._device, stage)
-        self._decoder = Decoder(model, self._names, *place, int8=spec.dtype == "int8")
+        self._decoder = Decoder(model, self._names, *place, weights=spec.dtype)
         part = cut_model(model, group.size, group.rank)
         self._recorder = recorder if records_steps(model, stage.count) else None
         self._cache = PagedCache(

@@ -8,24 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import get_args
 
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.shards import (
     CARRIED_BYTES,
     MAX_CARRIED,
     MAX_LOGIT_ROWS,
+    RankCut,
     Stage,
     convolved_channels,
     cut_model,
     cut_stages,
     cut_state,
     kv_bytes_per_token,
+    linear_shapes,
     state_bytes_per_slot,
     weight_bytes,
     whole,
 )
 from phalanx.protos.specs import (
     DTYPE_BYTES,
+    ROUNDED_DTYPES,
     CacheSpec,
     DecoderSpec,
     DType,
@@ -35,7 +39,7 @@ from phalanx.protos.specs import (
 
 HIDDEN_COPIES = 4  # block input and its residual, both once more after the norm
 INNER_COPIES = 4  # gate and up, the activated gate, the product
-INT8_PARTS = (13, 8)  # of a block in bfloat16: products in float32, inputs while they are rounded
+ROUNDED_PARTS = (13, 8)  # of a block in bfloat16: products in float32, inputs as they are rounded
 QUERY_COPIES, KV_COPIES = 4, 5  # fused projection, rotated copy, gathered pages, outputs
 INDEX_BYTES = 16  # token id and slot
 LOGIT_COPIES = 3  # in float32: raw, adjusted, and those of the rows that share a way of sampling
@@ -129,7 +133,8 @@ def activation_bytes(
     with S = min(T, 64). The first is hidden states, angles and indices, with the larger of the two
     blocks; the others are the logits as the head gives them, their float32 copies, and what is
     worked out in pieces. Blocks that keep their input need one hidden state more, a sliding window
-    a mask of T^2 bytes, int8 13 / 8 of the blocks' bytes in bfloat16, latent attention its small
+    a mask of T^2 bytes, rounded weights 13 / 8 of the blocks' bytes in bfloat16, those of int4 the
+    largest of them unpacked, latent attention its small
     vectors, and scores that are capped or biased 12 bytes each, a piece at a time. Of the pages
     that attention gathers, no more are counted than the step has tokens. Of several stages, each
     has 4 T hidden bytes for what it takes and for each of what it has sent, and only the last one
@@ -143,13 +148,14 @@ def activation_bytes(
     if model.latent is not None:
         attention += model.latent.query_rank + 2 * model.latent.kv_rank + model.rotary_dim
     block = max(attention, INNER_COPIES * part.mlp.size)
-    if dtype == "int8":
-        block = block * INT8_PARTS[0] // INT8_PARTS[1]
+    if dtype in ROUNDED_DTYPES:
+        block = block * ROUNDED_PARTS[0] // ROUNDED_PARTS[1]
     block += model.hidden_size * (model.block in ("parallel", "parallel_two", "post", "single"))
     angles = sum(rope.rotary_dim for rope in (model.rope, model.local_rope) if rope)
     elements = HIDDEN_COPIES * model.hidden_size + angles + block
     layers = max_tokens_per_step * (elements * size + INDEX_BYTES)
     layers += max_tokens_per_step**2 * any(model.windows)
+    layers += size * _largest_linear(model, part, stage) * (dtype == "int4")
     if model.attention_softcap or model.alibi_slopes:
         scores = part.heads.query.size * max_tokens_per_step**2
         layers += SCORE_BYTES * min(scores, PIECE_SCORES)
@@ -164,6 +170,12 @@ def activation_bytes(
     sampling = _logit_bytes(part.vocab.size, min(max_running, MAX_LOGIT_ROWS), size, LOGIT_COPIES)
     scoring = _logit_bytes(part.vocab.size, min(max_tokens_per_step, MAX_LOGIT_ROWS), size, 1)
     return max(layers, sampling, scoring)
+
+
+def _largest_linear(model: DecoderSpec, part: RankCut, stage: Stage) -> int:
+    """Weights of the largest projection."""
+    layers = range(*stage.layers)
+    return max(a * b for layer in layers for a, b in linear_shapes(model, part, layer))
 
 
 def _state_bytes(
@@ -317,14 +329,15 @@ def _check(
         raise ConfigError(
             f"tp_size is {tp_size}, allowed are 1 to {model.max_ranks}, the model's {what}"
         )
-    for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
-        if value not in DTYPE_BYTES:
-            raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(DTYPE_BYTES)}")
+    known = {"dtype": (dtype, get_args(DType)), "kv_dtype": (kv_dtype, tuple(DTYPE_BYTES))}
+    for name, (value, allowed) in known.items():
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ConfigError(f"{name} is {size}, at least 1 is needed")
-    if model.state is not None and dtype == "int8":
-        raise ConfigError("dtype is 'int8', which models with state spaces do not have")
+    if model.state is not None and dtype in ROUNDED_DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, which models with state spaces do not have")
     if sizes["state_slots"] is not None and model.state is None:
         raise ConfigError(f"state_slots is {sizes['state_slots']}, the model has no state spaces")
     asked, least = sizes["kv_tokens"], sizes["min_kv_tokens"]
@@ -339,12 +352,12 @@ def _check(
         )
 
 
-def _check_fits(memory: RankMemory, kv_tokens: int, dtype: str, advice: list[str]) -> None:
+def _check_fits(memory: RankMemory, kv_tokens: int, dtype: DType, advice: list[str]) -> None:
     """Refuse a rank whose memory cannot hold its weights, temporaries and `kv_tokens`."""
     needed = memory.fixed + memory.kv_per_token * kv_tokens
     if memory.available is None or needed <= memory.available:
         return
-    advice = [*advice, *(["a 2-byte dtype"] if DTYPE_BYTES[dtype] > 2 else [])]
+    advice = [*advice, *(["a 2-byte dtype"] if DTYPE_BYTES[activation_dtype(dtype)] > 2 else [])]
     advice.append("fewer max_tokens_per_step")
     if memory.state_slots > 1:
         advice.append("fewer state_slots")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phalanx.protos.recording import MAX_RECORDED_ROWS, RECORDED_LOGIT_ROWS
 from phalanx.protos.shards import cut_model
-from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, DType
+from phalanx.protos.specs import DTYPE_BYTES, DecoderSpec, DType, activation_dtype
 
 from .placement import PIECE_BYTES, activation_bytes
 
@@ -31,4 +31,4 @@ def recorded_bytes(
     )
     logits = min(rows, RECORDED_LOGIT_ROWS) * cut_model(model, tp_size, rank).vocab.size
     piece = PIECE_BYTES * min(logits, PIECE_RECORDED)
-    return GRAPHS_BYTES + step + logits * (DTYPE_BYTES[dtype] + 4) + piece
+    return GRAPHS_BYTES + step + logits * (DTYPE_BYTES[activation_dtype(dtype)] + 4) + piece

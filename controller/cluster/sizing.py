@@ -10,7 +10,7 @@ from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.recording import records_steps
-from phalanx.protos.specs import DType, WorkerSpec, activation_dtype
+from phalanx.protos.specs import DType, WorkerSpec, activation_dtype, foreign_formats
 
 from .placement import MemoryPlan, plan_memory
 from .recording import recorded_bytes
@@ -92,11 +92,8 @@ def size_group(
     epoch: int = 0,
 ) -> tuple[WorkerSpec, MemoryPlan]:
     """What to build on `nodes`, one entry a rank. Raises `ConfigError` when it does not fit."""
-    if device == "cuda" and "int8" in (config.dtype, config.kv_dtype):
-        raise ConfigError(
-            f"dtype is {config.dtype!r} and kv_dtype {config.kv_dtype!r}: GPUs have no int8 here, "
-            "allowed with device cpu"
-        )
+    if wrong := foreign_formats(config.dtype, config.kv_dtype, device):
+        raise ConfigError("; ".join(wrong))
     auto: DType = "bfloat16" if all(node.fast_bfloat16 for node in nodes) else "float32"
     memory = _memory_per_rank(config, device, nodes)
     records = config.record_steps and records_steps(served.spec, config.pp)

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conversion import FLOAT8, FLOAT8_MAX, rounded
+from phalanx.kernels.float8 import FLOAT8, Float8Rows
+
+from .conversion import float8_levels, float8_scale, float8_size, rounded
 from .launch import launch
 
 BLOCK, WARPS = 1024, 4
@@ -84,7 +86,6 @@ def _quantize(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     NAME: tl.constexpr,
-    LARGEST: tl.constexpr,
 ):
     """One program: a row; first its largest element, then the elements in units of the scale."""
     row = tl.program_id(0).to(tl.int64)
@@ -93,15 +94,15 @@ def _quantize(
     for start in range(0, N, BLOCK):
         column = start + offsets
         value = _gated(x_ptr, row, column, column < N, stride, N, NAME)
-        largest = tl.maximum(largest, tl.abs(rounded(value, x_ptr.dtype.element_ty)))
-    scale = tl.maximum(tl.max(largest, 0), 1e-12) / LARGEST
+        value = rounded(value, x_ptr.dtype.element_ty).to(tl.float32)
+        largest = tl.maximum(largest, float8_size(value))
+    scale = float8_scale(tl.max(largest, 0))
     tl.store(scale_ptr + row, scale)
     for start in range(0, N, BLOCK):
         column = start + offsets
         value = _gated(x_ptr, row, column, column < N, stride, N, NAME)
-        value = rounded(value, x_ptr.dtype.element_ty).to(tl.float32) / scale
-        value = rounded(tl.clamp(value, -LARGEST, LARGEST), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * N + column, value, column < N)
+        value = rounded(value, x_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(out_ptr + row * N + column, float8_levels(value, scale), column < N)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -130,19 +131,19 @@ def activate(x: Tensor, activation: str, *, gated: bool = False) -> Tensor:
     return out
 
 
-def gated_quantize(gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """activate(gate) * up as (float8 [T, n], float32 scales [T, 1])."""
+def gated_quantize(gate_up: Tensor, activation: str) -> Float8Rows:
+    """activate(gate) * up of [T, 2 n], rounded to float8."""
     if activation not in NAMES:
         raise KeyError(activation)
     return _quantized(gate_up, gate_up.shape[-1] // 2, activation)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, n] as (float8 [T, n], float32 scales [T, 1])."""
+def quantize_rows(x: Tensor) -> Float8Rows:
+    """x [T, n], rounded to float8."""
     return _quantized(x, x.shape[-1], "")
 
 
-def _quantized(x: Tensor, n: int, name: str) -> tuple[Tensor, Tensor]:
+def _quantized(x: Tensor, n: int, name: str) -> Float8Rows:
     matrix = _matrix(x)
     out = torch.empty(len(matrix), n, dtype=FLOAT8, device=x.device)
     scale = torch.empty(len(matrix), 1, dtype=torch.float32, device=x.device)
@@ -155,7 +156,6 @@ def _quantized(x: Tensor, n: int, name: str) -> tuple[Tensor, Tensor]:
             N=n,
             BLOCK=QUANTIZED_BLOCK,
             NAME=name,
-            LARGEST=FLOAT8_MAX,
             num_warps=QUANTIZED_WARPS,
         )
-    return out, scale
+    return Float8Rows(out, scale, x.dtype)

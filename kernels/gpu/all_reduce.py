@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phalanx.kernels.float8 import FLOAT8, Float8Rows
 from phalanx.kernels.fused import PeerBuffers
 
-from .conversion import rounded
+from .conversion import float8_levels, float8_scale, float8_size, rounded
 from .launch import launch
 from .norm import shape
 
@@ -49,10 +50,10 @@ def _meet(signals_ptr, rank, RANKS: tl.constexpr):
 
 @triton.jit
 def _all_reduce_norm(
-    local_ptr, addresses_ptr, signals_ptr, residual_ptr, weight_ptr, out_ptr, rank, rows, stride,
-    eps, offset,
+    local_ptr, addresses_ptr, signals_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, rank, rows,
+    stride, eps, offset,
     N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, BARRIER: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     """One program: every PROGRAMS-th row. `local_ptr` is there for its type."""
     if BARRIER:
@@ -78,7 +79,13 @@ def _all_reduce_norm(
             normed = wide * (offset + weight)
         else:
             normed = rounded(wide, dtype).to(tl.float32) * weight
-        tl.store(out_ptr + row * N + column, rounded(normed, dtype), inside)
+        normed = rounded(normed, dtype)
+        if QUANTIZE:
+            normed = normed.to(tl.float32)
+            scale = float8_scale(tl.max(float8_size(normed), 0))
+            tl.store(scale_ptr + row, scale)
+            normed = float8_levels(normed, scale)
+        tl.store(out_ptr + row * N + column, normed, inside)
 
 
 def all_reduce_add_rms_norm(
@@ -89,10 +96,33 @@ def all_reduce_add_rms_norm(
     The sum is written into residual. A buffer may be written again once a later call on another
     buffer has begun: two in turn are enough.
     """
-    rows, n = residual.shape
     out = torch.empty_like(residual)
+    _launch(peers, residual, weight, eps, offset, out, None)
+    return out
+
+
+def all_reduce_add_rms_norm_quantize(
+    peers: PeerBuffers, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> Float8Rows:
+    """As `all_reduce_add_rms_norm`, rounded to float8."""
+    out = torch.empty(residual.shape, dtype=FLOAT8, device=residual.device)
+    scale = torch.empty(len(residual), 1, dtype=torch.float32, device=residual.device)
+    _launch(peers, residual, weight, eps, offset, out, scale)
+    return Float8Rows(out, scale, residual.dtype)
+
+
+def _launch(
+    peers: PeerBuffers,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    out: Tensor,
+    scale: Tensor | None,
+) -> None:
+    rows, n = residual.shape
     if not rows or not n:
-        return out
+        return
     block, _, warps = shape(n)
     launch(_all_reduce_norm, min(rows, PROGRAMS))(
         peers.local,
@@ -101,6 +131,7 @@ def all_reduce_add_rms_norm(
         residual,
         weight,
         out,
+        scale,
         peers.rank,
         rows,
         peers.local.stride(0),
@@ -111,6 +142,6 @@ def all_reduce_add_rms_norm(
         RANKS=len(peers.addresses),
         BARRIER=peers.signals is not None,
         OFFSET=bool(offset),
+        QUANTIZE=scale is not None,
         num_warps=warps,
     )
-    return out

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import Float8Linear, Float8Rows
 from phalanx.kernels.fused import HeadNorms, PeerBuffers
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 
 from .activation import activate, gated_quantize
-from .all_reduce import all_reduce_add_rms_norm
+from .all_reduce import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quantize
 from .attention_tiles import paged_attention
 from .flash import FlashAttention
-from .float8 import Float8Linear, pack_float8
-from .int4 import Int4Linear, pack_int4
+from .float8 import GpuFloat8Linear
+from .int4 import GpuInt4Linear
 from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
@@ -49,14 +50,13 @@ class GpuBackend(ReferenceBackend):
         """The weight as it is; own kernels for up to 16 rows."""
         return GpuLinear(weight, bias, programmatic=self._programmatic)
 
-    def pack_linear_fp8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """The weight in float8 with a scale for each output; sizes are multiples of 16."""
-        packed, scale = pack_float8(weight)
-        return Float8Linear(packed, scale, bias, programmatic=self._programmatic)
+    def pack_linear_fp8(self, weight: Tensor, bias: Tensor | None) -> Float8Linear:
+        """The weight in float8; own kernels for up to 16 rows."""
+        return GpuFloat8Linear(weight, bias, programmatic=self._programmatic)
 
     def pack_linear_int4(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """The weight in 4 bits with a scale for 128 inputs; inputs are a multiple of 128."""
-        return Int4Linear(*pack_int4(weight), bias)
+        """The weight in 4 bits, unpacked by its own kernel for up to 64 rows."""
+        return GpuInt4Linear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """One kernel, rows in registers."""
@@ -135,12 +135,14 @@ class GpuBackend(ReferenceBackend):
 
     def add_rms_norm_quantize(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`add_rms_norm`, its first result as (float8 [T, n], float32 scales [T, 1]); residual."""
-        return *rms_norm_quantize(x, weight, eps, offset, residual=residual), residual
+    ) -> tuple[Float8Rows, Tensor]:
+        """One kernel; the sum is written into `residual`."""
+        if not residual.is_contiguous():
+            residual = residual.contiguous()
+        return rms_norm_quantize(x, weight, eps, offset, residual=residual), residual
 
-    def gated_quantize(self, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-        """`gated`, as (float8 [T, n], float32 scales [T, 1])."""
+    def gated_quantize(self, gate_up: Tensor, activation: str) -> Float8Rows:
+        """One kernel."""
         return gated_quantize(gate_up, activation)
 
     def all_reduce_add_rms_norm(
@@ -157,6 +159,18 @@ class GpuBackend(ReferenceBackend):
         another buffer has begun: two in turn are enough.
         """
         return all_reduce_add_rms_norm(peers, residual, weight, eps, offset), residual
+
+    def all_reduce_add_rms_norm_quantize(
+        self,
+        peers: PeerBuffers,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Float8Rows, Tensor]:
+        """As `all_reduce_add_rms_norm`, rounded."""
+        rows = all_reduce_add_rms_norm_quantize(peers, residual, weight, eps, offset)
+        return rows, residual
 
     def sample(
         self, logits: Tensor, temperatures: Tensor, stems: Tensor, positions: Tensor, first_id: int

@@ -55,9 +55,9 @@ MERGE_BLOCK = 256
 
 @triton.jit
 def _few_rows(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, rows, outputs, x_stride,
+    x_ptr, weight_ptr, scale_ptr, row_scale_ptr, bias_ptr, out_ptr, rows, outputs, x_stride,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    SCALE: tl.constexpr, ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N outputs of all rows."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,6 +80,8 @@ def _few_rows(
     total = tl.sum(sums, 2)
     if SCALE:
         total *= tl.load(scale_ptr + output, output < outputs, 0.0)[None, :]
+    if ROW_SCALE:
+        total *= tl.load(row_scale_ptr + row, row < rows, 0.0)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + output, output < outputs, 0.0).to(tl.float32)[None, :]
     to = out_ptr + row[:, None] * outputs + output[None, :]
@@ -98,6 +100,9 @@ def _some_rows(
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)
     at = output.to(tl.int64)[:, None] * K
+    # float8 is multiplied as bfloat16, which holds it: few rows do not need the faster product
+    narrow: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
+    dtype: tl.constexpr = tl.bfloat16 if narrow else x_ptr.dtype.element_ty
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(part * split, min((part + 1) * split, K), BLOCK_K, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK_K)
@@ -105,15 +110,15 @@ def _some_rows(
         weight = tl.load(weight_ptr + at + column[None, :], inside, 0.0)
         here = (row < rows)[:, None] & (column < K)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], here, 0.0)
-        total = product(weight.to(x.dtype), tl.trans(x), total)
+        total = product(weight.to(dtype), tl.trans(x.to(dtype)), total)
     to = parts_ptr + (part * rows + row[None, :]) * outputs + output[:, None]
     tl.store(to, total, (row < rows)[None, :] & (output < outputs)[:, None])
 
 
 @triton.jit
 def _merge_parts(
-    parts_ptr, scale_ptr, bias_ptr, out_ptr, rows, outputs, parts, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr,
+    parts_ptr, scale_ptr, row_scale_ptr, bias_ptr, out_ptr, rows, outputs, parts,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr, ROW_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK outputs of a row, the parts added in order."""
     row = tl.program_id(0)
@@ -124,6 +129,8 @@ def _merge_parts(
         total += tl.load(parts_ptr + (part * rows + row) * outputs + output, inside, 0.0)
     if SCALE:
         total *= tl.load(scale_ptr + output, inside, 0.0)
+    if ROW_SCALE:
+        total *= tl.load(row_scale_ptr + row)
     if BIAS:
         total += tl.load(bias_ptr + output, inside, 0.0).to(tl.float32)
     tl.store(out_ptr + row * outputs + output, rounded(total, out_ptr.dtype.element_ty), inside)
@@ -142,16 +149,18 @@ def small_product(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    row_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     programmatic: bool = False,
 ) -> Tensor:
-    """x [M, K] @ (weight [N, K] * scale [N, 1]).T + bias for M <= `SOME`, in x's dtype."""
+    """(x [M, K] * row_scale [M, 1]) @ (weight [N, K] * scale [N, 1]).T + bias for M <= `SOME`, in
+    `dtype`, by default x's."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     (rows, inputs), outputs = x.shape, len(weight)
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, outputs, dtype=dtype or x.dtype, device=x.device)
     if not rows or not outputs:
         return out
-    given = {"SCALE": scale is not None, "BIAS": bias is not None}
     if rows <= FEW:
         padded = next_power_of_2(rows)
         tile = FEW_TILES[padded, weight.element_size()]
@@ -160,6 +169,7 @@ def small_product(
             x,
             weight,
             scale,
+            row_scale,
             bias,
             out,
             rows,
@@ -169,12 +179,22 @@ def small_product(
             ROWS=padded,
             BLOCK_N=tile.outputs,
             BLOCK_K=tile.inputs,
+            SCALE=scale is not None,
+            ROW_SCALE=row_scale is not None,
+            BIAS=bias is not None,
             PROGRAMMATIC=programmatic,
             num_warps=tile.warps,
-            **given,
             **options,
         )
         return out
+    parts = _some(x, weight)
+    merge_parts(parts, out, bias, scale, row_scale)
+    return out
+
+
+def _some(x: Tensor, weight: Tensor) -> Tensor:
+    """Sums over parts of the inputs, float32 [parts, M, N], for 5 to 16 rows."""
+    (rows, inputs), outputs = x.shape, len(weight)
     split = split_inputs(outputs, inputs)
     count = max(-(-inputs // split), 1)
     parts = torch.empty(count, rows, outputs, dtype=torch.float32, device=x.device)
@@ -193,16 +213,22 @@ def small_product(
         STAGES=SOME_STAGES,
         num_warps=SOME_TILE.warps,
     )
-    merge_parts(parts, out, bias, scale)
-    return out
+    return parts
 
 
-def merge_parts(parts: Tensor, out: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+def merge_parts(
+    parts: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
     """Write the sum of parts float32 [parts, M, N], in order, scaled and biased, to out [M, N]."""
     count, rows, outputs = parts.shape
     launch(_merge_parts, rows, -(-outputs // MERGE_BLOCK))(
         parts,
         scale,
+        row_scale,
         bias,
         out,
         rows,
@@ -210,6 +236,7 @@ def merge_parts(parts: Tensor, out: Tensor, bias: Tensor | None, scale: Tensor |
         count,
         BLOCK=MERGE_BLOCK,
         SCALE=scale is not None,
+        ROW_SCALE=row_scale is not None,
         BIAS=bias is not None,
         num_warps=2,
     )

@@ -15,10 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conversion import FLOAT8, FLOAT8_MAX, rounded
+from phalanx.kernels.float8 import FLOAT8, Float8Rows
+
+from .conversion import float8_levels, float8_scale, float8_size, rounded
 from .launch import launch, next_power_of_2, row_strides
 
 TILE = 2048  # elements of a program whose rows are short: 16 bytes a thread at 4 warps, twice
+
+
+@triton.jit
+def _places(
+    rows, heads, token_stride, head_stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """A program's rows [ROWS, 1] and columns [1, BLOCK], which of them exist, and where x has them."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < N)
+    return row, column, inside, row // heads * token_stride + row % heads * head_stride + column
 
 
 @triton.jit
@@ -41,15 +54,10 @@ def _rms_norm(
     ADD: tl.constexpr,
     OFFSET: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    LARGEST: tl.constexpr,
 ):
     """One program: ROWS rows. x and residual are overwritten by their sum if ADD."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < N)
-    x = tl.load(
-        x_ptr + row // heads * token_stride + row % heads * head_stride + column, inside, 0.0
-    )
+    row, column, inside, at = _places(rows, heads, token_stride, head_stride, N, BLOCK, ROWS)
+    x = tl.load(x_ptr + at, inside, 0.0)
     dtype = x.dtype
     if ADD:
         total = x.to(tl.float32) + tl.load(residual_ptr + row * N + column, inside, 0.0)
@@ -64,10 +72,11 @@ def _rms_norm(
         normed = rounded(wide, dtype).to(tl.float32) * weight
     if QUANTIZE:
         normed = rounded(normed, dtype).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(normed), 1, keep_dims=True), 1e-12) / LARGEST
+        scale = float8_scale(tl.max(float8_size(normed), 1, keep_dims=True))
         tl.store(scale_ptr + row, scale, row < rows)
-        normed = tl.clamp(normed / scale, -LARGEST, LARGEST)
-    tl.store(out_ptr + row * N + column, rounded(normed, out_ptr.dtype.element_ty), inside)
+        tl.store(out_ptr + row * N + column, float8_levels(normed, scale), inside)
+    else:
+        tl.store(out_ptr + row * N + column, rounded(normed, out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -89,10 +98,7 @@ def _layer_norm(
     BIAS: tl.constexpr,
 ):
     """One program: ROWS rows; the variance from the centred values, not from a difference."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < N)
-    at = row // heads * token_stride + row % heads * head_stride + column
+    row, column, inside, at = _places(rows, heads, token_stride, head_stride, N, BLOCK, ROWS)
     wide = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     wide = tl.where(inside, wide - tl.sum(wide, 1, keep_dims=True) / N, 0.0)
     wide *= tl.rsqrt(tl.sum(wide * wide, 1, keep_dims=True) / N + eps)
@@ -147,12 +153,12 @@ def rms_norm_quantize(
     offset: float = 0.0,
     *,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm` as (float8 [T, n], float32 scales [T, 1])."""
+) -> Float8Rows:
+    """`rms_norm` of a matrix, rounded to float8."""
     out = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     _launch_rms_norm(x, weight, eps, offset, residual, out, scale)
-    return out, scale
+    return Float8Rows(out, scale, x.dtype)
 
 
 def _launch_rms_norm(
@@ -185,7 +191,6 @@ def _launch_rms_norm(
         ADD=residual is not None,
         OFFSET=bool(offset),
         QUANTIZE=scale is not None,
-        LARGEST=FLOAT8_MAX,
         num_warps=warps,
     )
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conversion import rounded
+from .conversion import rounded, stored
 from .launch import launch, next_power_of_2
 
 HEADS = 8
@@ -115,9 +115,9 @@ def _turn(
     target = out_ptr + out_offset
     out: tl.constexpr = out_ptr.dtype.element_ty
     # rounded to the heads' type first, then to the pool's
-    tl.store(target + half, rounded(rounded(first * cos - second * sin, dtype), out), turned)
-    tl.store(target + HALF + half, rounded(rounded(second * cos + first * sin, dtype), out), turned)
-    tl.store(target + 2 * HALF + tail, rounded(rounded(rest, dtype), out), left)
+    tl.store(target + half, stored(rounded(first * cos - second * sin, dtype), out), turned)
+    tl.store(target + HALF + half, stored(rounded(second * cos + first * sin, dtype), out), turned)
+    tl.store(target + 2 * HALF + tail, stored(rounded(rest, dtype), out), left)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _rope_store(
         slot = tl.load(slots_ptr + token)
         head = (part - query_parts) % key_parts * HEADS + within
         inside = (head < K) & (slot >= 0)
-        target = head * pool_stride + slot * D
+        target = head.to(tl.int64) * pool_stride + slot * D
         if part < query_parts + key_parts:
             _turn(
                 row, key_ptr, target, cos_ptr, sin_ptr, key_norm_ptr, token, head, inside,
@@ -198,7 +198,7 @@ def _rope_store(
             column = tl.arange(0, BLOCK)[None, :]
             filled = inside & (column < D)
             value = tl.load(row + (H + K + head) * D + column, filled, 0.0)
-            value = rounded(value, value_ptr.dtype.element_ty)
+            value = stored(value, value_ptr.dtype.element_ty)
             tl.store(value_ptr + target + column, value, filled)
 # fmt: on
 
@@ -226,11 +226,11 @@ def _store(
     column = tl.arange(0, BLOCK)[None, :]
     slot = tl.load(slots_ptr + token)
     inside = (head < K) & (slot >= 0) & (column < D)
-    target = head * pool_stride + slot * D + column
+    target = head.to(tl.int64) * pool_stride + slot * D + column
     key = tl.load(key_ptr + token * key_token + head * key_head + column, inside, 0.0)
-    tl.store(key_pool_ptr + target, rounded(key, key_pool_ptr.dtype.element_ty), inside)
+    tl.store(key_pool_ptr + target, stored(key, key_pool_ptr.dtype.element_ty), inside)
     value = tl.load(value_ptr + token * value_token + head * value_head + column, inside, 0.0)
-    tl.store(value_pool_ptr + target, rounded(value, value_pool_ptr.dtype.element_ty), inside)
+    tl.store(value_pool_ptr + target, stored(value, value_pool_ptr.dtype.element_ty), inside)
 
 
 def _parts(dim: int, half: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from phalanx.workers.models.layout import NO_LAYOUTS, PLAIN, Layouts
 from phalanx.workers.models.registry import LayerNames
 from phalanx.workers.parallel import TensorParallel
 
-from .linear import ColumnParallelLinear, Output, RowParallelLinear
+from .linear import ColumnParallelLinear, Output, RowParallelLinear, Rows
 from .norm import QueryKeyNorm
 
 
@@ -105,7 +105,12 @@ class Attention:
         pieces = self._norm.pieces if self._norm else []
         return pieces if self._sinks is None else [*pieces, self._sinks]
 
-    def __call__(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+    @property
+    def takes_float8(self) -> bool:
+        """Whether x may come rounded."""
+        return self.qkv.takes_float8
+
+    def __call__(self, x: Rows, batch: Batch, cache: LayerCache) -> Tensor:
         """Attend with the step's positions and pages."""
         tokens = len(x)
         rotated = self._heads + self._kv_heads

@@ -18,7 +18,7 @@ from phalanx.workers.parallel import TensorParallel
 from .attention import Attention
 from .experts import ExpertsMLP
 from .latent import LatentAttention
-from .linear import ColumnParallelLinear, RowParallelLinear
+from .linear import ColumnParallelLinear, RowParallelLinear, Rows
 from .mlp import GatedMLP, NoMLP, PlainMLP
 from .norm import Norm, Normalize
 from .state import ChannelStates, HeadStates, StateSpace
@@ -58,8 +58,8 @@ class DecoderLayer:
         """deferred: the next norm sums over the ranks what a block gives, the last block's too;
         for `block` "pre" with a residual scale of 1."""
         self._group, self._norm = group, Normalize(model, backend, group)
-        self._add = self._norm.add_sum if deferred else self._norm.add
-        self._add_input = self._add if layer else self._norm.add
+        self._add = self._norm.add_sum_rows if deferred else self._norm.add_rows
+        self._add_input = self._add if layer else self._norm.add_rows
         self._scale = model.residual_scale
         self._norms = {
             role: Norm(
@@ -110,24 +110,49 @@ class DecoderLayer:
         """(block output [T, hidden], residual before it is added)."""
         return self._run(x, residual, batch, cache)
 
+    @property
+    def _attention_takes_float8(self) -> bool:
+        return isinstance(self.attention, Attention) and self.attention.takes_float8
+
+    @property
+    def _mlp_takes_float8(self) -> bool:
+        return isinstance(self.mlp, GatedMLP | PlainMLP) and self.mlp.takes_float8
+
+    def _attend(self, rows: Rows, batch: Batch, cache: LayerCache) -> Tensor:
+        if isinstance(rows, Tensor) or isinstance(self.attention, Attention):
+            return self.attention(rows, batch, cache)  # type: ignore[arg-type]
+        raise TypeError("rounded inputs of an attention that does not take them")
+
+    def _feed(self, rows: Rows) -> Tensor:
+        if isinstance(rows, Tensor) or isinstance(self.mlp, GatedMLP | PlainMLP):
+            return self.mlp(rows)  # type: ignore[arg-type]
+        raise TypeError("rounded inputs of a feed-forward block that does not take them")
+
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self._scale == 1.0 else x * self._scale
 
     def _pre(
         self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self._add_input(x, residual, self._norms["input_norm"])
-        x = self._scaled(self.attention(x, batch, cache))
-        x, residual = self._add(x, residual, self._norms["post_norm"])
-        return self._scaled(self.mlp(x)), residual
+        norms, rounded = self._norms, self._attention_takes_float8
+        rows, residual = self._add_input(x, residual, norms["input_norm"], rounded=rounded)
+        x = self._scaled(self._attend(rows, batch, cache))
+        rounded = self._mlp_takes_float8
+        rows, residual = self._add(x, residual, norms["post_norm"], rounded=rounded)
+        del x  # its memory is needed
+        return self._scaled(self._feed(rows)), residual
 
     def _sandwich(
         self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self._norm.add(x, residual, self._norms["input_norm"])
-        x = self._norm(self.attention(x, batch, cache), self._norms["attention_norm"])
-        x, residual = self._norm.add(self._scaled(x), residual, self._norms["post_norm"])
-        return self._scaled(self._norm(self.mlp(x), self._norms["mlp_norm"])), residual
+        norms, add = self._norms, self._norm.add_rows
+        rounded = self._attention_takes_float8
+        rows, residual = add(x, residual, norms["input_norm"], rounded=rounded)
+        x = self._norm(self._attend(rows, batch, cache), norms["attention_norm"])
+        rounded = self._mlp_takes_float8
+        rows, residual = add(self._scaled(x), residual, norms["post_norm"], rounded=rounded)
+        del x
+        return self._scaled(self._norm(self._feed(rows), norms["mlp_norm"])), residual
 
     def _post(
         self, x: Tensor, residual: Tensor, batch: Batch, cache: LayerCache

@@ -7,17 +7,21 @@ Row-parallel: the input features are divided, the partial results are summed ove
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import Float8Linear, Float8Rows
 from phalanx.kernels.interface import PackedLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.models.layout import PLAIN, Layout
 from phalanx.workers.packing import LinearPacker
 from phalanx.workers.parallel import TensorParallel
+
+Rows = Tensor | Float8Rows
+"""Inputs [T, in], as they are or already rounded."""
 
 
 class Output(NamedTuple):
@@ -50,16 +54,21 @@ class ColumnParallelLinear:
         *,
         exact: bool = False,
     ) -> None:
-        outputs, self.exact = list(outputs), exact
-        self.sizes = [output.rows.size for output in outputs]
-        self.weight: Tensor | None = torch.empty(
-            sum(self.sizes), in_features, dtype=dtype, device=device
-        )
-        has_bias = any(output.bias for output in outputs)
-        self.bias = torch.zeros(sum(self.sizes), dtype=dtype, device=device) if has_bias else None
+        self._outputs, self.exact = list(outputs), exact
+        self.sizes = [output.rows.size for output in self._outputs]
+        self._shape, self._dtype = (sum(self.sizes), in_features), dtype
+        self._run: PackedLinear | None = None
+        self.allocate(device)
+
+    def allocate(self, device: torch.device) -> None:
+        """Lay out what is to be filled, anew; on "meta" it takes no memory yet."""
+        place: dict[str, Any] = {"dtype": self._dtype, "device": device}
+        self.weight: Tensor | None = torch.empty(self._shape, **place)
+        has_bias = any(output.bias for output in self._outputs)
+        self.bias = torch.zeros(self._shape[0], **place) if has_bias else None
         self.pieces: list[Piece] = []
         start = 0
-        for output in outputs:
+        for output in self._outputs:
             part = slice(start, start + output.rows.size)
             filled = [(output.weight, self.weight[part])]
             if output.bias and self.bias is not None:
@@ -75,7 +84,6 @@ class ColumnParallelLinear:
                 )
                 self.pieces.append(piece)
             start += output.rows.size
-        self._run: PackedLinear | None = None
 
     def pack(self, backend: LinearPacker) -> None:
         """Hand the filled weight to the backend and drop our own reference."""
@@ -90,9 +98,14 @@ class ColumnParallelLinear:
             raise RuntimeError("used before pack()")
         return self._run
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def takes_float8(self) -> bool:
+        """Whether x may come rounded."""
+        return isinstance(self._run, Float8Linear)
+
+    def __call__(self, x: Rows) -> Tensor:
         """x [T, in] -> [T, local out], the projections side by side."""
-        return self.packed(x)
+        return _product(self.packed, x)
 
 
 class RowParallelLinear:
@@ -117,15 +130,21 @@ class RowParallelLinear:
         reduce: bool = True,
     ) -> None:
         self._group, self._reduce = group, reduce
-        self.weight: Tensor | None = torch.empty(
-            out_features, columns.size, dtype=dtype, device=device
-        )
-        self.pieces = [Piece(weight, self.weight, columns=columns, layout=layout)]
+        self._names, self._columns, self._layout = (weight, bias), columns, layout
+        self._shape, self._dtype = (out_features, columns.size), dtype
+        self._run: PackedLinear | None = None
+        self.allocate(device)
+
+    def allocate(self, device: torch.device) -> None:
+        """Lay out what is to be filled, anew; on "meta" it takes no memory yet."""
+        place: dict[str, Any] = {"dtype": self._dtype, "device": device}
+        (weight, bias), layout = self._names, self._layout
+        self.weight: Tensor | None = torch.empty(self._shape, **place)
+        self.pieces = [Piece(weight, self.weight, columns=self._columns, layout=layout)]
         self.bias = None
         if bias is not None:
-            self.bias = torch.zeros(out_features, dtype=dtype, device=device)
+            self.bias = torch.zeros(self._shape[0], **place)
             self.pieces.append(Piece(bias, self.bias, layout=Layout(entry=layout.entry)))
-        self._run: PackedLinear | None = None
 
     def pack(self, backend: LinearPacker) -> None:
         """Hand the filled weight to the backend; only rank 0 keeps the bias."""
@@ -141,7 +160,20 @@ class RowParallelLinear:
             raise RuntimeError("used before pack()")
         return self._run
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def takes_float8(self) -> bool:
+        """Whether x may come rounded."""
+        return isinstance(self._run, Float8Linear)
+
+    def __call__(self, x: Rows) -> Tensor:
         """x [T, local in] -> [T, out], equal on every rank once reduced."""
-        partial = self.packed(x)
+        partial = _product(self.packed, x)
         return self._group.all_reduce(partial) if self._reduce else partial
+
+
+def _product(packed: PackedLinear, x: Rows) -> Tensor:
+    if isinstance(x, Tensor):
+        return packed(x)
+    if not isinstance(packed, Float8Linear):
+        raise TypeError("rounded inputs of a weight that is not float8")
+    return packed.of_rows(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import Float8Backend
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import Span
 from phalanx.protos.specs import DecoderSpec
@@ -13,7 +14,7 @@ from phalanx.workers.models.layout import NO_LAYOUTS, PLAIN, Layouts
 from phalanx.workers.models.registry import LayerNames
 from phalanx.workers.parallel import TensorParallel
 
-from .linear import ColumnParallelLinear, Output, RowParallelLinear
+from .linear import ColumnParallelLinear, Output, RowParallelLinear, Rows
 
 
 class _FeedForward:
@@ -59,6 +60,11 @@ class _FeedForward:
         raise NotImplementedError
 
     @property
+    def takes_float8(self) -> bool:
+        """Whether x may come rounded."""
+        return self._into.takes_float8
+
+    @property
     def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """The linear layers, in the order of their use."""
         return [self._into, self.down]
@@ -81,9 +87,12 @@ class GatedMLP(_FeedForward):
         """Gate and up, side by side."""
         return self._into
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank."""
-        return self.down(self._backend.gated(self._into(x), self._activation))
+        backend = self._backend
+        if self.down.takes_float8 and isinstance(backend, Float8Backend):
+            return self.down(backend.gated_quantize(self._into(x), self._activation))
+        return self.down(backend.gated(self._into(x), self._activation))
 
 
 class PlainMLP(_FeedForward):
@@ -93,7 +102,7 @@ class PlainMLP(_FeedForward):
     def _inputs(names: LayerNames) -> list[tuple[str, str, str | None]]:
         return [("up", names.up, names.up_bias)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank."""
         return self.down(self._backend.activate(self._into(x), self._activation))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phalanx.kernels.fused import PeerSummingBackend
+from phalanx.kernels.float8 import Float8Backend
+from phalanx.kernels.fused import PeerBuffers, PeerRoundingBackend, PeerSummingBackend
 from phalanx.kernels.interface import KernelBackend
 from phalanx.protos.shards import HeadCut, Span
 from phalanx.protos.specs import DecoderSpec
@@ -14,6 +15,8 @@ from phalanx.workers.models.layout import PLAIN, Layout
 from phalanx.workers.models.registry import LayerNames
 from phalanx.workers.models.shapes import bias_name
 from phalanx.workers.parallel import PeerMemory, TensorParallel
+
+from .linear import Rows
 
 
 class Norm:
@@ -69,18 +72,50 @@ class Normalize:
         residual = x + residual
         return self(residual, norm), residual
 
+    def add_rows(
+        self, x: Tensor, residual: Tensor, norm: Norm, *, rounded: bool
+    ) -> tuple[Rows, Tensor]:
+        """As `add`; if `rounded`, the norm is rounded to float8 in the same kernel, where the
+        backend has one."""
+        backend = self._backend
+        if not rounded or not isinstance(backend, Float8Backend):
+            return self.add(x, residual, norm)
+        if not self._rms or norm.weight is None:
+            return self.add(x, residual, norm)
+        return backend.add_rms_norm_quantize(x, residual, norm.weight, self._eps, self._offset)
+
     def add_sum(self, part: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """As `add` of the ranks' sum of `part`; in one kernel, where group and backend can."""
         group, backend = self._group, self._backend
         if group is None or group.size == 1:
             return self.add(part, residual, norm)
-        if isinstance(group, PeerMemory) and isinstance(backend, PeerSummingBackend):
-            peers = group.filled(part) if self._rms else None
-            if peers is not None and norm.weight is not None:
+        if norm.weight is not None and isinstance(backend, PeerSummingBackend):
+            peers = self._peers(group, part)
+            if peers is not None:
                 return backend.all_reduce_add_rms_norm(
                     peers, residual.contiguous(), norm.weight, self._eps, self._offset
                 )
         return self.add(group.all_reduce(part), residual, norm)
+
+    def add_sum_rows(
+        self, part: Tensor, residual: Tensor, norm: Norm, *, rounded: bool
+    ) -> tuple[Rows, Tensor]:
+        """`add_sum` as `add_rows`."""
+        group, backend = self._group, self._backend
+        if group is None or group.size == 1:
+            return self.add_rows(part, residual, norm, rounded=rounded)
+        if not rounded:
+            return self.add_sum(part, residual, norm)
+        if norm.weight is not None and isinstance(backend, PeerRoundingBackend):
+            peers = self._peers(group, part)
+            if peers is not None:
+                return backend.all_reduce_add_rms_norm_quantize(
+                    peers, residual.contiguous(), norm.weight, self._eps, self._offset
+                )
+        return self.add_rows(group.all_reduce(part), residual, norm, rounded=rounded)
+
+    def _peers(self, group: TensorParallel, part: Tensor) -> PeerBuffers | None:
+        return group.filled(part) if self._rms and isinstance(group, PeerMemory) else None
 
 
 class QueryKeyNorm:

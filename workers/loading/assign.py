@@ -46,6 +46,9 @@ class Loadable(Protocol):
     def stages(self) -> list[list[Piece]]:
         """Pieces of each stage."""
 
+    def open(self, stage: int) -> list[Piece]:
+        """The pieces of a stage, in memory."""
+
     def pack(self, stage: int) -> None:
         """Called when a stage is filled."""
 
@@ -79,8 +82,10 @@ def fill(
             f"the first is {unknown[0]!r}"
         )
     total = sum(piece.target.numel() for stage in stages for piece in stage)
-    done = 0
-    for index, stage in enumerate(stages):
+    done, count = 0, len(stages)
+    del stages
+    for index in range(count):
+        stage = model.open(index)
         while stage:  # nothing here holds a piece when its stage is packed, so its memory is freed
             for amount in _fill_piece(stage.pop(0), checkpoint, permuted_heads):
                 done += amount

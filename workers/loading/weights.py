@@ -150,7 +150,8 @@ class RandomWeights:
     ) -> list[str]:
         """Nothing is left over."""
         generators: dict[torch.device, torch.Generator] = {}
-        for index, stage in enumerate(layers.stages):
+        for index in range(len(layers.stages)):
+            stage = layers.open(index)
             while stage:
                 target = stage.pop(0).target
                 if target.device not in generators:

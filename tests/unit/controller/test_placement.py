@@ -45,6 +45,31 @@ def plan(model: DecoderSpec = SMOLLM2, **changes: Any) -> MemoryPlan:
     return plan_memory(model, **(settings | changes))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "layer"),
+    [
+        # [out, in] of qkv, output, gate and up, down
+        ("fp8", 32 * (32 + 4) + 32 * (16 + 4) + 64 * (32 + 4) + 32 * (32 + 4)),
+        ("int4", (28 + 30 + 60 + 30) * (64 + 2)),
+    ],
+)
+def test_fp8_and_int4_round_layers_and_leave_the_head(dtype: str, layer: int) -> None:
+    """Sizes are filled up to multiples of 16 in fp8, and inputs to groups of 128 in int4."""
+    model = msgspec.structs.replace(
+        SMOLLM2, num_layers=3, hidden_size=30, intermediate_size=30, num_heads=2, num_kv_heads=1,
+        head_dim=7, vocab_size=50,
+    )  # fmt: skip
+    norms, table = 2 * 30 * (2 * 3 + 1), 2 * 50 * 30
+    ranks = plan(model, dtype=dtype, kv_dtype="bfloat16", kv_tokens=64).ranks
+    assert ranks[0].weights == 3 * layer + norms + table
+    wide = plan(model, dtype="bfloat16", kv_dtype="bfloat16", kv_tokens=64).ranks[0]
+    unpacked = 2 * 60 * 30 if dtype == "int4" else 0
+    assert ranks[0].activations >= wide.activations + unpacked
+    if dtype == "fp8":
+        narrow = plan(model, dtype=dtype, kv_dtype="fp8", kv_tokens=64).ranks[0]
+        assert 2 * narrow.kv_per_token == wide.kv_per_token
+
+
 @st.composite
 def models(draw: st.DrawFn) -> DecoderSpec:
     kv_heads = draw(st.integers(1, 4))
@@ -218,8 +243,8 @@ def test_refusal_says_how_many_tokens_fit() -> None:
         ({"max_running": -1}, "max_running is -1"),
         ({"kv_tokens": 0}, "kv_tokens is 0"),
         ({"kv_tokens": None}, "kv_tokens is needed"),
-        ({"dtype": "int4"}, "dtype is 'int4', allowed are float32"),
-        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8'"),
+        ({"dtype": "int3"}, "dtype is 'int3', allowed are float32"),
+        ({"kv_dtype": "int4"}, "kv_dtype is 'int4'"),
         ({"memory_per_rank": [10**9] * 2}, "memory_per_rank has 2 entries"),
         ({"kv_tokens": 100, "min_kv_tokens": 8192}, "kv_tokens is 100, at least 8192"),
         ({"memory_per_rank": [10**9], "kv_tokens": None, "min_kv_tokens": 10**6}, "rank 0 needs"),

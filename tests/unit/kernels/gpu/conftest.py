@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {
@@ -36,6 +37,31 @@ def device() -> torch.device:
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("neither Triton's interpreter nor a CUDA device")
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def _scaled(a: Tensor, b: Tensor, **given: Any) -> Tensor:
+    """What the library's scaled product is documented to compute, with its checks of layouts."""
+    assert a.dtype is b.dtype is torch.float8_e4m3fn
+    assert a.is_contiguous() and b.t().is_contiguous() and b.shape[0] % 16 == b.shape[1] % 16 == 0
+    scale_a, scale_b = given["scale_a"], given["scale_b"]
+    assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+    assert scale_a.dtype is scale_b.dtype is torch.float32
+    assert scale_a.is_contiguous() and scale_b.is_contiguous()
+    assert given["out_dtype"] is torch.bfloat16
+    total = (a.double() @ b.double()) * scale_a.double() * scale_b.double()
+    if given["bias"] is not None:
+        assert given["bias"].dtype is torch.bfloat16
+        total += given["bias"].double()
+    return total.to(given["out_dtype"])
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's product of float8 rows, where there is no device that has it."""
+    if INTERPRETED:
+        from phalanx.kernels.gpu import float8
+
+        monkeypatch.setattr(float8.torch, "_scaled_mm", _scaled)
 
 
 class Launch(NamedTuple):

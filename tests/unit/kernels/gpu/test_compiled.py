@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import FLOAT8
 from phalanx.kernels.fused import PeerBuffers
 from phalanx.kernels.gpu import (
     activation,
@@ -43,8 +44,16 @@ def _slots(tokens: int) -> Tensor:
     return _empty(tokens, dtype=torch.int64)
 
 
-def _rope_store(heads: int, kv_heads: int, dim: int, half: int, *, norms: bool = False) -> None:
-    pools = [_empty(kv_heads, 1000, 16, dim) for _ in range(2)]
+def _rope_store(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    half: int,
+    *,
+    norms: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    pools = [_empty(kv_heads, 1000, 16, dim, dtype=dtype) for _ in range(2)]
     weights = (_empty(dim), _empty(dim), 1e-6, 0.0)
     rope.rope_store_kv(
         _empty(8, (heads + 2 * kv_heads) * dim),
@@ -56,7 +65,15 @@ def _rope_store(heads: int, kv_heads: int, dim: int, half: int, *, norms: bool =
     )
 
 
-def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: Any) -> None:
+def _attend(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    queries: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **scores: Any,
+) -> None:
     plan = GpuPlan(
         tables=_empty(8, 512, dtype=torch.int32),
         lengths=_empty(8, dtype=torch.int64),
@@ -69,7 +86,7 @@ def _attend(heads: int, kv_heads: int, dim: int, *, queries: int = 1, **scores: 
         has_decodes=queries == 1,
         has_prefills=queries > 1,
     )
-    pool = _empty(kv_heads, 4096, 16, dim)
+    pool = _empty(kv_heads, 4096, 16, dim, dtype=dtype)
     query = _empty(8 * queries, heads, dim)
     attention_tiles.paged_attention(query, pool, pool, plan, AttentionSpec(scale=0.1, **scores))
 
@@ -79,35 +96,49 @@ def _sample(vocabulary: int) -> None:
     sampling.sample(_empty(8, vocabulary), temperatures, counts, counts, 0)
 
 
-def _multiply(rows: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
-    scale = None if dtype is torch.bfloat16 else _empty(4096, 1, dtype=torch.float32)
-    weight = _empty(4096, 14336, dtype=dtype)
-    linear.small_product(_empty(rows, 14336), weight, None, scale, **options)
+def _multiply(rows: int, **options: Any) -> None:
+    linear.small_product(_empty(rows, 14336), _empty(4096, 14336), **options)
 
 
-def _all_reduce() -> None:
+def _multiply_float8(rows: int, **options: Any) -> None:
+    linear.small_product(
+        _empty(rows, 14336, dtype=FLOAT8),
+        _empty(4096, 14336, dtype=FLOAT8),
+        None,
+        _empty(4096, 1, dtype=torch.float32),
+        row_scale=_empty(rows, 1, dtype=torch.float32),
+        dtype=torch.bfloat16,
+        **options,
+    )
+
+
+def _all_reduce(run: Callable[..., Any] = all_reduce.all_reduce_add_rms_norm) -> None:
     places = _empty(8, dtype=torch.int64)
     peers = PeerBuffers(0, _empty(64, 8192), places, places)
-    all_reduce.all_reduce_add_rms_norm(peers, _empty(64, 8192), _empty(8192), 1e-5)
+    run(peers, _empty(64, 8192), _empty(8192), 1e-5)
 
 
-def _int4(rows: int) -> None:
-    words, scales = _empty(4096, 512, dtype=torch.int32), _empty(4096, 32)
-    int4.Int4Linear(words, scales, None)(_empty(rows, 4096))
+def _int4(rows: int, inputs: int = 4096) -> None:
+    int4.GpuInt4Linear(_empty(4096, inputs), None)(_empty(rows, inputs))
 
 
 CASES = {
     "product of 1 row, int4": Case(lambda: _int4(1), 2),
     "product of 64 rows, int4": Case(lambda: _int4(64), 2),
     "product of 65 rows, int4": Case(lambda: _int4(65), 1),
+    "product of 1 row, int4, 1792 inputs": Case(lambda: _int4(1, 1792), 2),
     "quantise": Case(lambda: activation.quantize_rows(_empty(8, 4096)), 2),
     "all-reduce, add and rms norm, 8192": Case(_all_reduce, 10),
+    "all-reduce, add, rms norm and quantise, 8192": Case(
+        lambda: _all_reduce(all_reduce.all_reduce_add_rms_norm_quantize), 10
+    ),
     "product of 1 row": Case(lambda: _multiply(1), 6),
     "product of 1 row, programmatic": Case(lambda: _multiply(1, programmatic=True), 6),
     "product of 2 rows": Case(lambda: _multiply(2), 4),
     "product of 4 rows": Case(lambda: _multiply(4), 4),
-    "product of 1 row, float8": Case(lambda: _multiply(1, torch.float8_e4m3fn), 3),
-    "product of 4 rows, float8": Case(lambda: _multiply(4, torch.float8_e4m3fn), 3),
+    "product of 1 row, float8": Case(lambda: _multiply_float8(1), 4),
+    "product of 4 rows, float8": Case(lambda: _multiply_float8(4), 3),
+    "product of 16 rows, float8": Case(lambda: _multiply_float8(16), 2),
     "product of 16 rows": Case(lambda: _multiply(16), 2),
     "sampling, 128256": Case(lambda: _sample(128256), 1),
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
@@ -137,6 +168,7 @@ CASES = {
     "silu, up and quantise": Case(lambda: activation.gated_quantize(_empty(8, 28672), "silu"), 4),
     "rope": Case(lambda: rope.rope(_empty(8, 32, 128), _empty(8, 64), _empty(8, 64)), 2),
     "rope and store, 32/8 heads of 128": Case(lambda: _rope_store(32, 8, 128, 64), 4),
+    "rope and store in float8": Case(lambda: _rope_store(32, 8, 128, 64, dtype=FLOAT8), 4),
     "rope and store with norms": Case(lambda: _rope_store(16, 8, 128, 64, norms=True), 4),
     "rope and store, half of 80": Case(lambda: _rope_store(32, 32, 80, 16), 4),
     "attention of single queries, 32/8 heads of 128": Case(lambda: _attend(32, 8, 128), 4),
@@ -148,6 +180,12 @@ CASES = {
         lambda: _attend(32, 32, 80, alibi_slopes=_empty(32, dtype=torch.float32)), 4
     ),
     "attention of prompts, 32/8 heads of 128": Case(lambda: _attend(32, 8, 128, queries=512), 4),
+    "attention of single queries, 32/8 heads of 128 in float8": Case(
+        lambda: _attend(32, 8, 128, dtype=FLOAT8), 4
+    ),
+    "attention of prompts, 32/8 heads of 128 in float8": Case(
+        lambda: _attend(32, 8, 128, queries=512, dtype=FLOAT8), 4
+    ),
     "attention of prompts, 64/8 heads of 64": Case(
         lambda: _attend(64, 8, 64, queries=512, window=128, sinks=_empty(64, dtype=torch.float32)),
         4,

@@ -56,6 +56,9 @@ class OneStage:
     def __init__(self, *pieces: Piece) -> None:
         self.stages = [list(pieces)]
 
+    def open(self, stage: int) -> list[Piece]:
+        return self.stages[stage]
+
     def pack(self, stage: int) -> None:
         pass
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import Float8Rows, quantize
 from phalanx.kernels.fused import PeerBuffers
 from phalanx.kernels.gpu import all_reduce
-from phalanx.kernels.gpu.all_reduce import all_reduce_add_rms_norm
+from phalanx.kernels.gpu.all_reduce import (
+    all_reduce_add_rms_norm,
+    all_reduce_add_rms_norm_quantize,
+)
 from phalanx.kernels.gpu.conversion import INTERPRETED
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
@@ -26,6 +30,12 @@ def _expected(parts: list[Tensor], residual: Tensor, weight: Tensor) -> tuple[Te
     wide = summed.double()
     scale = (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     return wide * scale * weight.double(), summed
+
+
+def _equal_rows(got: Float8Rows, expected: tuple[Tensor, Tensor]) -> None:
+    """Scales are equal; the interpreter rounds the smallest levels otherwise, by less than 2**-9."""
+    torch.testing.assert_close(got.scales, expected[1])
+    torch.testing.assert_close(got.levels.float(), expected[0].float(), rtol=0.13, atol=2**-9)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,8 @@ def test_every_rank_gets_the_same_sum_and_norm(
         results.append(all_reduce_add_rms_norm(peers, own, weight, 1e-5))
         assert torch.equal(own, summed)
         assert torch.equal(results[rank], results[0])
+        rounded = all_reduce_add_rms_norm_quantize(peers, residual.clone(), weight, 1e-5)
+        _equal_rows(rounded, quantize(results[0]))
     tolerance = 2e-6 if dtype is torch.float32 else 8e-3
     torch.testing.assert_close(results[0].double(), expected, rtol=tolerance, atol=tolerance)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import FLOAT8
 from phalanx.kernels.gpu import attention_tiles
 from phalanx.kernels.gpu.attention_tiles import paged_attention
 from phalanx.kernels.gpu.backend import GpuBackend
@@ -111,6 +112,17 @@ def test_attention(
     torch.testing.assert_close(
         pages.run(spec).cpu().double(), pages.expected(spec), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_keys_and_values_in_float8(shapes: str, device: torch.device) -> None:
+    pages = Pages(SHAPES[shapes], 4, 2, 64, 16, torch.bfloat16, device)
+    narrow = pages.pools.to(FLOAT8)
+    pages.pools = narrow.bfloat16()
+    expected = pages.expected(AttentionSpec(scale=0.125))
+    pages.pools = narrow
+    got = pages.run(AttentionSpec(scale=0.125))
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=1.5e-2, atol=1.5e-2)
 
 
 @pytest.mark.parametrize("shapes", ["singles", "prompts"])

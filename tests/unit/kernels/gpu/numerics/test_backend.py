@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from phalanx.kernels.interface import AttentionSpec, KernelBackend, SequenceSpan
 from phalanx.kernels.reference import ReferenceBackend
 from phalanx.kernels.select import select_backend
 from phalanx.protos.sampling import SamplingParams
-from phalanx.protos.specs import CacheSpec, WorkerSpec
+from phalanx.protos.specs import CacheSpec, DType, WorkerSpec
 from phalanx.protos.steps import NewSequence, Row, StepPlan
 from phalanx.workers.engine import Engine
-from phalanx.workers.parallel import SingleRank
+from phalanx.workers.parallel import SingleRank, TensorParallel
 
 SIZES = (
     "hidden_size",
@@ -42,28 +43,37 @@ SIZES = (
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
 
-def _tokens(checkpoint: Path, backend: KernelBackend, device: str) -> list[int]:
-    """Greedy tokens of two sequences: prompts in two chunks, then single queries."""
-    model = resolve_model(str(checkpoint))
+def _run(
+    checkpoint: Path,
+    backend: KernelBackend,
+    device: Any,
+    dtype: DType = "float32",
+    kv_dtype: DType = "float32",
+    group: TensorParallel | None = None,
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens of two sequences, prompts in two chunks, then single queries; and the
+    log-probabilities of the longer prompt."""
+    model, group = resolve_model(str(checkpoint)), group or SingleRank()
     spec = WorkerSpec(
         checkpoint=model.checkpoint,
         model=model.spec,
-        dtype="float32",
-        tp_size=1,
-        cache=CacheSpec(block_size=16, num_blocks=8, dtype="float32"),
+        dtype=dtype,
+        tp_size=group.size,
+        cache=CacheSpec(block_size=16, num_blocks=8, dtype=kv_dtype),
         max_tokens_per_step=64,
         max_running=8,
         eos_token_ids=(),
         device=device,
     )
-    engine = Engine(spec, SingleRank(), backend)
+    engine = Engine(spec, group, backend)
     engine.load()
     params = SamplingParams(temperature=0.0, max_tokens=9)
+    scored = SamplingParams(temperature=0.0, max_tokens=9, prompt_logprobs=0)
     new = [
-        NewSequence(1, list(range(30, 50)), 20, 0, params),
+        NewSequence(1, list(range(30, 50)), 20, 0, scored),
         NewSequence(2, list(range(7, 12)), 5, 0, params),
     ]
-    tokens = []
+    tokens, logprobs = [], []
     for step, rows in enumerate(
         [
             [Row(1, 13, [5, 2]), Row(2, 5, [7])],
@@ -74,7 +84,8 @@ def _tokens(checkpoint: Path, backend: KernelBackend, device: str) -> list[int]:
     ):
         result = engine.step(StepPlan(0, step, [], new if step == 0 else [], [], rows))
         tokens += [token.token_id for token in result.sampled]
-    return tokens
+        logprobs += [one.logprob for scores in result.prompt_logprobs for one in scores.tokens]
+    return tokens, logprobs
 
 
 def _normed_heads(llama: Path, folder: Path) -> Path:
@@ -101,9 +112,54 @@ def test_a_model_gives_the_reference_tokens(
     checkpoint = tiny_llama()
     if normed_heads:
         checkpoint = _normed_heads(checkpoint, tmp_path)
-    expected = _tokens(checkpoint, ReferenceBackend(), "cpu")
+    expected, _ = _run(checkpoint, ReferenceBackend(), "cpu")
     assert len(expected) == 7 and len(set(expected)) > 3
-    assert _tokens(checkpoint, GpuBackend(device), device.type) == expected
+    assert _run(checkpoint, GpuBackend(device), device.type)[0] == expected
+
+
+class _Counting(GpuBackend):
+    """Counts the kernels that norm or gate and round in one."""
+
+    rounded = 0
+
+    def add_rms_norm_quantize(self, *given: Any) -> Any:
+        self.rounded += 1
+        return super().add_rms_norm_quantize(*given)
+
+    def gated_quantize(self, *given: Any) -> Any:
+        self.rounded += 1
+        return super().gated_quantize(*given)
+
+
+def _apart(one: list[float], other: list[float]) -> float:
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "most"),
+    [("fp8", "fp8", 0.3), ("int4", "bfloat16", 0.7)],
+)
+def test_a_rounded_model_computes_what_the_reference_does(
+    dtype: Any,
+    kv_dtype: Any,
+    most: float,
+    tiny_llama: Callable[..., Path],
+    device: torch.device,
+    library: None,
+) -> None:
+    """Widths that are no multiples of 16 or 128, products of many rows and of few."""
+    torch.manual_seed(0)
+    checkpoint = tiny_llama(intermediate_size=200)
+    _, exact = _run(checkpoint, ReferenceBackend(), "cpu")
+    tokens, expected = _run(checkpoint, ReferenceBackend(), "cpu", dtype, kv_dtype)
+    backend = _Counting(device)
+    got_tokens, got = _run(checkpoint, backend, device.type, dtype, kv_dtype)
+    assert len(got) == len(expected) == 19 and len(got_tokens) == len(tokens)
+    # activations are rounded to either side of a step: that is less than what all rounding does
+    assert _apart(got, expected) < _apart(expected, exact)
+    assert 1e-3 < _apart(got, exact) < most * _apart(exact, [sum(exact) / 19] * 19)
+    layers = resolve_model(str(checkpoint)).spec.num_layers
+    assert backend.rounded == (4 * 3 * layers if dtype == "fp8" else 0)
 
 
 class _Called:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.kernels.float8 import FLOAT8, Float8Rows
 from phalanx.kernels.gpu import activation, norm, rope
-from phalanx.kernels.gpu.conversion import FLOAT8, INTERPRETED
+from phalanx.kernels.gpu.conversion import INTERPRETED
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
@@ -76,8 +77,9 @@ def test_layer_norm(n: int, bias: bool, device: torch.device) -> None:
     torch.testing.assert_close(plain.double(), _rms(wide, unit, 0.0), rtol=1e-5, atol=3e-5)
 
 
-def _dequantised(values: Tensor, scale: Tensor, expected: Tensor) -> None:
+def _dequantised(rows: Float8Rows, expected: Tensor) -> None:
     """float8 e4m3 keeps 4 significant bits, and its smallest step is 2**-9 of the scale."""
+    values, scale = rows.levels, rows.scales
     assert values.dtype is FLOAT8 and scale.shape == (len(expected), 1)
     largest = expected.abs().amax(-1, keepdim=True)
     torch.testing.assert_close(scale.double(), largest / 448, rtol=1e-2, atol=1e-12)
@@ -92,8 +94,10 @@ def test_a_quantised_norm_has_a_scale_for_each_row(device: torch.device) -> None
     x[2], residual[2] = 0, 0
     weight = torch.randn(576, device=device)
     expected = _rms(x + residual, weight, 0.0)
-    values, scale = norm.rms_norm_quantize(x, weight, 1e-5, residual=residual)
-    _dequantised(values, scale, expected)
+    _dequantised(norm.rms_norm_quantize(x, weight, 1e-5, residual=residual), expected)
+    x[3, 7], residual[3, 7] = torch.inf, 0.0
+    broken = norm.rms_norm_quantize(x, weight, 1e-5, residual=residual)
+    assert broken.scales.isnan()[:, 0].tolist() == [False, False, False, True]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,7 +119,7 @@ def test_activations(name: str, dtype: torch.dtype, device: torch.device) -> Non
     _close(activation.activate(x, name), expected, dtype)
     gated = ACTIVATIONS[name](x[:, :1501].double()) * x[:, 1501:].double()
     _close(activation.activate(x, name, gated=True), gated, dtype)
-    _dequantised(*activation.gated_quantize(x.float(), name), gated)
+    _dequantised(activation.gated_quantize(x.float(), name), gated)
 
 
 def test_an_unknown_activation_is_refused() -> None:
@@ -180,6 +184,27 @@ def test_rope_with_norms_and_the_write_to_the_pools(
     torch.testing.assert_close(
         pools.flatten(2, 3).double(), expected, rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_pools_in_float8_hold_the_nearest_that_they_can(fused: bool, device: torch.device) -> None:
+    """No scale: what is too large becomes 448, what is not a number stays so."""
+    torch.manual_seed(2)
+    qkv = torch.randn(2, 3 * 32, device=device) * 40
+    qkv[0, 64:68] = torch.tensor([1e4, -1e4, torch.nan, 448.0])
+    cos, sin = torch.ones(2, 16, device=device), torch.zeros(2, 16, device=device)
+    pools = torch.zeros(2, 1, 3, 4, 32, device=device).to(FLOAT8)
+    slots = torch.tensor([9, 2], device=device)
+    _, key, value = qkv.view(2, 3, 32).split(1, 1)
+    if fused:
+        rope.rope_store_kv(qkv, cos, sin, pools[0], pools[1], slots)
+    else:
+        rope.store_kv(key, value, pools[0], pools[1], slots)
+    for pool, heads in zip(pools.flatten(2, 3)[:, 0].float(), (key, value), strict=True):
+        expected = heads[:, 0].clamp(-448, 448)
+        torch.testing.assert_close(pool[[9, 2]], expected, rtol=2**-4, atol=2**-9, equal_nan=True)
+        assert pool[9].isnan().sum() == (heads is value)
+        assert not pool[[0, 1, *range(3, 9), 10, 11]].any()
 
 
 def test_rope_and_store_take_views(device: torch.device) -> None:

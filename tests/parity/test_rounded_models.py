@@ -1,4 +1,4 @@
-"""Models in int8, weights and KV cache, against the same models in float32."""
+"""Models in few bits, weights and KV cache, against the same models in float32."""
 
 from __future__ import annotations
 
@@ -73,6 +73,16 @@ def agreement(first: list[int], second: list[int]) -> float:
     return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
 
 
+SMOLLM2 = {
+    ("bfloat16", "int8"): (1.01, 0.95),
+    ("bfloat16", "fp8"): (1.02, 0.9),
+    ("int8", "bfloat16"): (1.08, 0.82),
+    ("fp8", "bfloat16"): (1.08, 0.82),
+    ("int4", "bfloat16"): (1.6, 0.5),
+}
+"""By (weights, cache): the most that perplexity grows, the fewest likeliest tokens that agree."""
+
+
 def test_smollm2_keeps_its_perplexity(smollm2_gguf: Path, logprobs: Logprobs) -> None:
     model = resolve_model("smollm2")
     tokens = model.tokenizer.encode(TEXT).ids
@@ -80,32 +90,52 @@ def test_smollm2_keeps_its_perplexity(smollm2_gguf: Path, logprobs: Logprobs) ->
     found = {
         pair: logprobs(model.checkpoint, model.spec, 1, tokens, dtype=pair[0], kv_dtype=pair[1])
         for pair in (("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("bfloat16", "int8"))
-    }
+    } | {
+        pair: logprobs(
+            model.checkpoint, model.spec, 2, tokens, dtype=pair[0], kv_dtype=pair[1],
+            kernels="reference",
+        )
+        for pair in (("fp8", "bfloat16"), ("bfloat16", "fp8"), ("int4", "bfloat16"))
+    }  # fmt: skip
     exact, exact_best = found.pop(("bfloat16", "bfloat16"))
     for pair, (values, best) in found.items():
         ratio = math.exp((sum(exact) - sum(values)) / len(values))
-        assert ratio < (1.01 if pair[0] == "bfloat16" else 1.08), pair
-        assert agreement(best, exact_best) > (0.95 if pair[0] == "bfloat16" else 0.82), pair
+        most, least = SMOLLM2[pair]
+        print(pair, ratio, agreement(best, exact_best))
+        assert ratio < most, pair
+        assert agreement(best, exact_best) > least, pair
         assert values != exact  # it was rounded
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+KERNELS = {"int8": ("cpu-native", "cpu-torch", "reference")}
+LIMITS = {"int8": (0.35, 0.6), "fp8": (0.5, 0.5), "int4": (0.9, 0.2)}
+"""Of the error, in deviations of the log-probabilities; of the likeliest tokens that agree."""
+
+
+@pytest.mark.parametrize(("dtype", "tp"), [("int8", 1), ("int8", 2), ("fp8", 3), ("int4", 3)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_layer_on_every_backend(
-    family: str, tp: int, random_model: Callable[..., Any], logprobs: Logprobs, one_thread: None
+    family: str,
+    dtype: str,
+    tp: int,
+    random_model: Callable[..., Any],
+    logprobs: Logprobs,
+    one_thread: None,
 ) -> None:
     """Weights are random here, and rounding disturbs them more than it does a trained model."""
     common = {} if family == "GPT2Config" else {"num_hidden_layers": 2}
     made = random_model(family, vocab_size=131, **common, **FAMILIES[family])
     rows = made.logprobs(TOKENS)[:-1]
     exact = rows.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
-    for kernels in ("cpu-native", "cpu-torch", "reference"):
+    most, least = LIMITS[dtype]
+    for kernels in KERNELS.get(dtype, ("reference",)):
         run = partial(
-            logprobs, made.folder, made.spec, tp, TOKENS,
-            dtype="int8", kv_dtype="int8", kernels=kernels,
+            logprobs, made.folder, made.spec, tp, TOKENS, dtype=dtype, kernels=kernels,
+            kv_dtype="fp8" if dtype == "fp8" else "int8",
         )  # fmt: skip
         values, best = run()
         error = (torch.tensor(values, dtype=torch.float64) - exact).square().mean().sqrt()
-        assert 1e-4 < float(error) < 0.35 * float(exact.std())
-        assert agreement(best, rows.argmax(-1).tolist()) > 0.6
+        agreed = agreement(best, rows.argmax(-1).tolist())
+        assert 1e-4 < float(error) < most * float(exact.std())
+        assert agreed > least
         assert run() == (values, best)
