@@ -26,7 +26,7 @@ from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
-from .sampling import merge, sample
+from .sampling import merge, sample, tail_sums
 
 
 class GpuBackend(ReferenceBackend):
@@ -184,6 +184,19 @@ class GpuBackend(ReferenceBackend):
         logits has broken = 1.
         """
         return sample(logits, temperatures, stems, positions, first_id)
+
+    def tail_sums(
+        self,
+        logits: Tensor,
+        tops: Tensor,
+        warmth: Tensor,
+        lowest: Tensor,
+        step: int,
+        *,
+        weighted: bool,
+    ) -> Tensor:
+        """One pass over the logits; chunks are added in order."""
+        return tail_sums(logits, tops, warmth, lowest, step, weighted=weighted)
 
     def merge_winners(self, gathered: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The winner over the ranks' `sample` results: [size, n, 4] -> [n, 4]; equal on all.

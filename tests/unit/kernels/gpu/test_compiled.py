@@ -96,6 +96,13 @@ def _sample(vocabulary: int) -> None:
     sampling.sample(_empty(8, vocabulary), temperatures, counts, counts, 0)
 
 
+def _tail_sums(vocabulary: int) -> None:
+    numbers = [_empty(8, dtype=torch.float64) for _ in range(2)]
+    logits, lowest = _empty(8, vocabulary, dtype=torch.float32), _empty(8, dtype=torch.int64)
+    for weighted in (False, True):
+        sampling.tail_sums(logits, *numbers, lowest, 1 << 28, weighted=weighted)
+
+
 def _multiply(rows: int, **options: Any) -> None:
     linear.small_product(_empty(rows, 14336), _empty(4096, 14336), **options)
 
@@ -141,6 +148,7 @@ CASES = {
     "product of 16 rows, float8": Case(lambda: _multiply_float8(16), 2),
     "product of 16 rows": Case(lambda: _multiply(16), 2),
     "sampling, 128256": Case(lambda: _sample(128256), 1),
+    "sums above thresholds, 128256": Case(lambda: _tail_sums(128256), 2),
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
     "rms norm of heads": Case(
         lambda: norm.rms_norm(
