@@ -197,6 +197,24 @@ class SamplingBackend(KernelBackend, Protocol):
         id. A row with NaN or infinite logits has broken = 1.
         """
 
+    def tail_sums(
+        self,
+        logits: Tensor,
+        tops: Tensor,
+        warmth: Tensor,
+        lowest: Tensor,
+        step: int,
+        *,
+        weighted: bool,
+    ) -> Tensor:
+        """Of each row's logits whose order key is at least lowest + d * step, for d in [0, 16), the
+        number, or the sum of their weights exp((logit - top) / warmth): float64 [n, 16].
+
+        logits float32 [n, m] without NaN, m > 0; tops, warmth float64 [n]; lowest int64 [n]. The
+        order key is the int32 of a logit's bits (of 0.0 for -0.0), all but the sign flipped where it
+        is negative, plus 2**31: greater logits have greater keys.
+        """
+
     def merge_winners(self, gathered: Tensor) -> Tensor:
         """The winners over the ranks' results, [size, n, 4] -> [n, 4]: equal on all ranks, and
         broken where a row is broken on any."""

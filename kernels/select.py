@@ -11,7 +11,7 @@ from .interface import KernelBackend
 from .reference import ReferenceBackend
 
 
-def _gpu(device: str) -> tuple[KernelBackend, str]:
+def _gpu(device: str, *, programmatic: bool = False) -> tuple[KernelBackend, str]:
     """The Triton backend and what it is made of; ImportError without Triton."""
     import triton
 
@@ -20,7 +20,8 @@ def _gpu(device: str) -> tuple[KernelBackend, str]:
 
     flash = FlashAttention.find()
     prompts = "own attention" if flash is None else f"prompts by flash-attn {flash.version}"
-    return GpuBackend(device, flash=flash), f"Triton {triton.__version__}, {prompts}"
+    backend = GpuBackend(device, flash=flash, programmatic=programmatic)
+    return backend, f"Triton {triton.__version__}, {prompts}"
 
 
 def select_backend(device: str, override: str | None = None) -> tuple[KernelBackend, str]:
@@ -30,6 +31,7 @@ def select_backend(device: str, override: str | None = None) -> tuple[KernelBack
         CpuBackend.name: CpuBackend,
         ReferenceBackend.name: ReferenceBackend,
         "gpu": lambda: _gpu(device)[0],
+        "gpu-programmatic": lambda: _gpu(device, programmatic=True)[0],
     }
     if override is not None:
         if override not in backends:

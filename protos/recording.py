@@ -10,6 +10,11 @@ RECORDED_LOGIT_ROWS = 256
 """Rows of logits that exist at a time in a recorded step."""
 
 
+def counts_tokens(max_running: int) -> bool:
+    """Whether GPUs count the tokens of running sequences, for penalties in recorded steps."""
+    return max_running <= MAX_RECORDED_ROWS
+
+
 def records_steps(model: DecoderSpec, pp_size: int) -> bool:
     """Whether GPUs record decode steps: not where the host must know more of a step than its rows,
     as for experts, for states and between stages."""

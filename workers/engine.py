@@ -28,16 +28,15 @@ from .cache import PagedCache, StatePool, layer_caches, pool_arrangement
 from .checks import check_ids
 from .decoder import Decoder
 from .graphs.device import Recorder
-from .graphs.steps import Chosen, Model, StepGraphs
+from .graphs.steps import Chosen, Model, StepGraphs, Tail, ending
 from .layers.rope import RotaryTable
 from .loading.weights import CheckpointWeights, Weights
 from .parallel import TensorParallel
 from .pending import PendingStep
 from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
-from .sampling.logits import is_plain, is_plainly_greedy
+from .sampling.logits import is_plainly_greedy
 from .sampling.plain import PlainChoice
-from .sampling.rows import is_greedy
 from .sampling.sampler import BROKEN, Sampled, Sampler, SampleRow
 
 MOST_PENDING = 1
@@ -200,17 +199,16 @@ class Engine:
             return None
         if not all(map(graphs.feeds, fed)):
             self._settle(0)
-        vocab_size = self._spec.model.vocab_size
-        plain = all(is_plain(_sample_row(state), vocab_size) for state in sampled)
-        greedy = all(is_greedy(state.params) for state in sampled)
+        tail = ending([_sample_row(state) for state in sampled], self._spec.model.vocab_size)
         decode = len(sampled) == len(states) == sum(row.num_new for row in plan.rows)
-        if plain and decode:
-            return self._queued(plan, sampled, graphs.choose(sampled, greedy=greedy), started)
-        if plain:
+        chooses = tail is not Tail.HIDDEN and graphs.offers(tail)
+        if chooses and decode:
+            return self._queued(plan, sampled, graphs.choose(sampled, tail), started)
+        if chooses:
             batch = self._builder.build(plan.rows, states)
             graphs.feed(batch.token_ids, batch.fed)
             hidden = self._decoder(batch, self._layers)
-            chosen = graphs.choose_from(hidden, sampled, greedy=greedy)
+            chosen = graphs.choose_from(hidden, sampled, tail)
             return self._queued(plan, sampled, chosen, started)
         if not decode:
             return None

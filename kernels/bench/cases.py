@@ -20,6 +20,7 @@ from phalanx.kernels.interface import (
     SamplingBackend,
     SequenceSpan,
 )
+from phalanx.kernels.reference import ReferenceBackend
 
 Inputs = dict[str, Tensor]
 Call = Callable[[], Any]
@@ -125,6 +126,31 @@ def _rows(shape: Shape, tokens: int) -> Iterator[Case]:
         inputs=_drawn(x=(tokens, 2 * inner)),
         call=lambda backend, i: lambda: backend.silu_mul(i["x"]),
         elements=3 * tokens * inner,
+    )
+
+
+def _rounded(shape: Shape, tokens: int) -> Iterator[Case]:
+    """Norms and gates that give float8."""
+    hidden, inner = shape.hidden, shape.inner
+    yield Case(
+        kernel="add_rms_norm fp8",
+        size=f"{tokens} tokens",
+        inputs=_drawn(x=(tokens, hidden), residual=(tokens, hidden), weight=(hidden,)),
+        call=lambda backend, i: (
+            lambda: backend.add_rms_norm_quantize(i["x"], i["residual"], i["weight"], 1e-5)
+        ),
+        elements=3 * tokens * hidden + hidden,
+        extra_bytes=tokens * (hidden + 4),
+        exact=False,
+    )
+    yield Case(
+        kernel="silu_mul fp8",
+        size=f"{tokens} tokens",
+        inputs=_drawn(x=(tokens, 2 * inner)),
+        call=lambda backend, i: lambda: backend.gated_quantize(i["x"], "silu"),
+        elements=2 * tokens * inner,
+        extra_bytes=tokens * (inner + 4),
+        exact=False,
     )
 
 
@@ -245,7 +271,9 @@ def cases(shape: Shape, backend: KernelBackend, *, tokens: int, context: int) ->
     for count in (1, tokens):
         yield from _rows(shape, count)
         yield _store(shape, count)
-    kinds = [kind for kind in ("int8", "fp8", "int4") if hasattr(backend, f"pack_linear_{kind}")]
+        if own(backend, "gated_quantize"):
+            yield from _rounded(shape, count)
+    kinds = [kind for kind in ("int8", "fp8", "int4") if own(backend, f"pack_linear_{kind}")]
     for count in (1, 16, 64, tokens):
         yield _linear("qkv", shape.qkv, shape.hidden, count)
         yield _linear("output", shape.hidden, shape.heads * shape.dim, count)
@@ -259,6 +287,12 @@ def cases(shape: Shape, backend: KernelBackend, *, tokens: int, context: int) ->
     if isinstance(backend, SamplingBackend):
         yield _sample(shape, 1)
         yield _sample(shape, 64)
+
+
+def own(backend: KernelBackend, name: str) -> bool:
+    """Whether a backend has this itself, and not only by the specification."""
+    found = getattr(type(backend), name, None)
+    return found is not None and found is not getattr(ReferenceBackend, name, None)
 
 
 def odd_cases(shape: Shape, device: torch.device) -> Iterator[Case]:

@@ -64,8 +64,11 @@ def _activate(
     BLOCK: tl.constexpr,
     NAME: tl.constexpr,
     GATED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program: BLOCK elements of a row."""
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N
@@ -86,8 +89,11 @@ def _quantize(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     NAME: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program: a row; first its largest element, then the elements in units of the scale."""
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
@@ -110,8 +116,11 @@ def _matrix(x: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def activate(x: Tensor, activation: str, *, gated: bool = False) -> Tensor:
-    """activate(x), or activate(gate) * up of x [..., 2 n]; an unknown name is a KeyError."""
+def activate(x: Tensor, activation: str, *, gated: bool = False, ahead: bool = False) -> Tensor:
+    """activate(x), or activate(gate) * up of x [..., 2 n]; an unknown name is a KeyError.
+
+    ahead: as for `rms_norm`.
+    """
     if activation not in NAMES:
         raise KeyError(activation)
     n = x.shape[-1] // 2 if gated else x.shape[-1]
@@ -126,24 +135,25 @@ def activate(x: Tensor, activation: str, *, gated: bool = False) -> Tensor:
             BLOCK=BLOCK,
             NAME=activation,
             GATED=gated,
+            AHEAD=ahead,
             num_warps=WARPS,
         )
     return out
 
 
-def gated_quantize(gate_up: Tensor, activation: str) -> Float8Rows:
+def gated_quantize(gate_up: Tensor, activation: str, *, ahead: bool = False) -> Float8Rows:
     """activate(gate) * up of [T, 2 n], rounded to float8."""
     if activation not in NAMES:
         raise KeyError(activation)
-    return _quantized(gate_up, gate_up.shape[-1] // 2, activation)
+    return _quantized(gate_up, gate_up.shape[-1] // 2, activation, ahead)
 
 
-def quantize_rows(x: Tensor) -> Float8Rows:
+def quantize_rows(x: Tensor, *, ahead: bool = False) -> Float8Rows:
     """x [T, n], rounded to float8."""
-    return _quantized(x, x.shape[-1], "")
+    return _quantized(x, x.shape[-1], "", ahead)
 
 
-def _quantized(x: Tensor, n: int, name: str) -> Float8Rows:
+def _quantized(x: Tensor, n: int, name: str, ahead: bool) -> Float8Rows:
     matrix = _matrix(x)
     out = torch.empty(len(matrix), n, dtype=FLOAT8, device=x.device)
     scale = torch.empty(len(matrix), 1, dtype=torch.float32, device=x.device)
@@ -156,6 +166,7 @@ def _quantized(x: Tensor, n: int, name: str) -> Float8Rows:
             N=n,
             BLOCK=QUANTIZED_BLOCK,
             NAME=name,
+            AHEAD=ahead,
             num_warps=QUANTIZED_WARPS,
         )
     return Float8Rows(out, scale, x.dtype)

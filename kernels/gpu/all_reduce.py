@@ -53,11 +53,13 @@ def _all_reduce_norm(
     local_ptr, addresses_ptr, signals_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, rank, rows,
     stride, eps, offset,
     N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, BARRIER: tl.constexpr,
-    OFFSET: tl.constexpr, QUANTIZE: tl.constexpr,
+    OFFSET: tl.constexpr, QUANTIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: every PROGRAMS-th row. `local_ptr` is there for its type."""
     if BARRIER:
         _meet(signals_ptr, rank, RANKS)
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = local_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
     inside = column < N
@@ -89,25 +91,37 @@ def _all_reduce_norm(
 
 
 def all_reduce_add_rms_norm(
-    peers: PeerBuffers, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    peers: PeerBuffers,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    *,
+    ahead: bool = False,
 ) -> Tensor:
     """Norm of residual [rows, n] + the sum of all ranks' first rows, in rank order.
 
     The sum is written into residual. A buffer may be written again once a later call on another
-    buffer has begun: two in turn are enough.
+    buffer has begun: two in turn are enough. ahead: as for `rms_norm`.
     """
     out = torch.empty_like(residual)
-    _launch(peers, residual, weight, eps, offset, out, None)
+    _launch(peers, residual, weight, eps, offset, out, None, ahead)
     return out
 
 
 def all_reduce_add_rms_norm_quantize(
-    peers: PeerBuffers, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    peers: PeerBuffers,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    *,
+    ahead: bool = False,
 ) -> Float8Rows:
     """As `all_reduce_add_rms_norm`, rounded to float8."""
     out = torch.empty(residual.shape, dtype=FLOAT8, device=residual.device)
     scale = torch.empty(len(residual), 1, dtype=torch.float32, device=residual.device)
-    _launch(peers, residual, weight, eps, offset, out, scale)
+    _launch(peers, residual, weight, eps, offset, out, scale, ahead)
     return Float8Rows(out, scale, residual.dtype)
 
 
@@ -119,6 +133,7 @@ def _launch(
     offset: float,
     out: Tensor,
     scale: Tensor | None,
+    ahead: bool,
 ) -> None:
     rows, n = residual.shape
     if not rows or not n:
@@ -143,5 +158,6 @@ def _launch(
         BARRIER=peers.signals is not None,
         OFFSET=bool(offset),
         QUANTIZE=scale is not None,
+        AHEAD=ahead,
         num_warps=warps,
     )

@@ -218,8 +218,11 @@ def merge_splits(
     mixed_ptr, sums_ptr, out_ptr, lengths_ptr, starts_ptr, sinks_ptr, parts, window,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: a head of a single query. Parts are added BLOCK_S at a time, in order."""
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(starts_ptr + sequence).to(tl.int64)
     length = tl.load(lengths_ptr + sequence).to(tl.int32)

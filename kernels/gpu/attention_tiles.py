@@ -85,10 +85,12 @@ def paged_attention(
     plan: GpuPlan,
     spec: AttentionSpec,
     flash: FlashAttention | None = None,
+    *,
+    ahead: bool = False,
 ) -> Tensor:
     """Causal attention of query [T, H, D] to the tokens in the pools -> [T, H, D].
 
-    Prompts are handed to `flash` where it takes them.
+    Prompts are handed to `flash` where it takes them. ahead: as for `rms_norm`.
     """
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -107,7 +109,7 @@ def paged_attention(
     if plan.has_prefills and not flashed:
         _prompts(query, key_pool, value_pool, out, plan, spec, scores)
     if plan.has_decodes:
-        _singles(query, key_pool, value_pool, out, plan, spec, scores)
+        _singles(query, key_pool, value_pool, out, plan, spec, scores, ahead)
     return out
 
 
@@ -166,6 +168,7 @@ def _singles(
     plan: GpuPlan,
     spec: AttentionSpec,
     scores: dict[str, bool],
+    ahead: bool,
 ) -> None:
     (_, heads, dim), (kv_heads, _, page, _) = query.shape, key_pool.shape
     tile = _tile(SINGLE_TILES, query, heads // kv_heads)
@@ -206,7 +209,7 @@ def _singles(
         **scores,
         num_warps=tile.warps,
     )
-    _merge(mixed, sums, out, plan, spec, sizes)
+    _merge(mixed, sums, out, plan, spec, sizes, ahead)
 
 
 def _merge(
@@ -216,6 +219,7 @@ def _merge(
     plan: GpuPlan,
     spec: AttentionSpec,
     sizes: dict[str, int],
+    ahead: bool,
 ) -> None:
     sequences, heads, used, _ = mixed.shape
     launch(merge_splits, sequences, heads)(
@@ -230,6 +234,7 @@ def _merge(
         BLOCK_S=MERGED,
         WINDOW=bool(spec.window),
         SINKS=spec.sinks is not None,
+        AHEAD=ahead,
         **sizes,
         num_warps=2,
     )

@@ -26,7 +26,7 @@ from .linear import GpuLinear
 from .norm import layer_norm, rms_norm, rms_norm_quantize
 from .plan import GpuPlan
 from .rope import rope, rope_store_kv, store_kv
-from .sampling import merge, sample
+from .sampling import merge, sample, tail_sums
 
 
 class GpuBackend(ReferenceBackend):
@@ -42,7 +42,7 @@ class GpuBackend(ReferenceBackend):
         programmatic: bool = False,
     ) -> None:
         """`flash` takes prompts where it can. `programmatic`: products of few rows load weights
-        before they wait for their input."""
+        while the kernel before them still runs; it takes devices of capability 9 or newer."""
         self.device, self.flash = torch.device(device), flash
         self._programmatic = programmatic
 
@@ -60,7 +60,7 @@ class GpuBackend(ReferenceBackend):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """One kernel, rows in registers."""
-        return rms_norm(x, weight, eps, offset)
+        return rms_norm(x, weight, eps, offset, ahead=self._programmatic)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
@@ -68,7 +68,9 @@ class GpuBackend(ReferenceBackend):
         """One kernel; the sum is written into `residual`."""
         if not residual.is_contiguous():
             residual = residual.contiguous()
-        return rms_norm(x, weight, eps, offset, residual=residual), residual
+        return rms_norm(
+            x, weight, eps, offset, residual=residual, ahead=self._programmatic
+        ), residual
 
     def layer_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -82,15 +84,15 @@ class GpuBackend(ReferenceBackend):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """One kernel."""
-        return activate(gate_up, "silu", gated=True)
+        return activate(gate_up, "silu", gated=True, ahead=self._programmatic)
 
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
         """One kernel."""
-        return activate(gate_up, activation, gated=True)
+        return activate(gate_up, activation, gated=True, ahead=self._programmatic)
 
     def activate(self, x: Tensor, activation: str) -> Tensor:
         """One kernel."""
-        return activate(x, activation)
+        return activate(x, activation, ahead=self._programmatic)
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor
@@ -118,7 +120,9 @@ class GpuBackend(ReferenceBackend):
         """Sequences of one query split their keys; the others are tiled over their queries."""
         if not isinstance(plan, GpuPlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
-        return paged_attention(query, key_pool, value_pool, plan, spec, self.flash)
+        return paged_attention(
+            query, key_pool, value_pool, plan, spec, self.flash, ahead=self._programmatic
+        )
 
     def rope_store_kv(
         self,
@@ -139,11 +143,13 @@ class GpuBackend(ReferenceBackend):
         """One kernel; the sum is written into `residual`."""
         if not residual.is_contiguous():
             residual = residual.contiguous()
-        return rms_norm_quantize(x, weight, eps, offset, residual=residual), residual
+        return rms_norm_quantize(
+            x, weight, eps, offset, residual=residual, ahead=self._programmatic
+        ), residual
 
     def gated_quantize(self, gate_up: Tensor, activation: str) -> Float8Rows:
         """One kernel."""
-        return gated_quantize(gate_up, activation)
+        return gated_quantize(gate_up, activation, ahead=self._programmatic)
 
     def all_reduce_add_rms_norm(
         self,
@@ -158,7 +164,9 @@ class GpuBackend(ReferenceBackend):
         The sum is written into residual. A buffer may be written again once a later call on
         another buffer has begun: two in turn are enough.
         """
-        return all_reduce_add_rms_norm(peers, residual, weight, eps, offset), residual
+        return all_reduce_add_rms_norm(
+            peers, residual, weight, eps, offset, ahead=self._programmatic
+        ), residual
 
     def all_reduce_add_rms_norm_quantize(
         self,
@@ -169,7 +177,9 @@ class GpuBackend(ReferenceBackend):
         offset: float = 0.0,
     ) -> tuple[Float8Rows, Tensor]:
         """As `all_reduce_add_rms_norm`, rounded."""
-        rows = all_reduce_add_rms_norm_quantize(peers, residual, weight, eps, offset)
+        rows = all_reduce_add_rms_norm_quantize(
+            peers, residual, weight, eps, offset, ahead=self._programmatic
+        )
         return rows, residual
 
     def sample(
@@ -184,6 +194,19 @@ class GpuBackend(ReferenceBackend):
         logits has broken = 1.
         """
         return sample(logits, temperatures, stems, positions, first_id)
+
+    def tail_sums(
+        self,
+        logits: Tensor,
+        tops: Tensor,
+        warmth: Tensor,
+        lowest: Tensor,
+        step: int,
+        *,
+        weighted: bool,
+    ) -> Tensor:
+        """One pass over the logits; chunks are added in order."""
+        return tail_sums(logits, tops, warmth, lowest, step, weighted=weighted)
 
     def merge_winners(self, gathered: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The winner over the ranks' `sample` results: [size, n, 4] -> [n, 4]; equal on all.

@@ -36,7 +36,7 @@ class GpuFloat8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        return self.of_rows(quantize_rows(x))
+        return self.of_rows(quantize_rows(x, ahead=self._programmatic))
 
     def of_rows(self, rows: Float8Rows) -> Tensor:
         """Rows [T, in] -> [T, out] of their dtype."""

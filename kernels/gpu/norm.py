@@ -54,8 +54,11 @@ def _rms_norm(
     ADD: tl.constexpr,
     OFFSET: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program: ROWS rows. x and residual are overwritten by their sum if ADD."""
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     row, column, inside, at = _places(rows, heads, token_stride, head_stride, N, BLOCK, ROWS)
     x = tl.load(x_ptr + at, inside, 0.0)
     dtype = x.dtype
@@ -139,10 +142,14 @@ def rms_norm(
     offset: float = 0.0,
     *,
     residual: Tensor | None = None,
+    ahead: bool = False,
 ) -> Tensor:
-    """Norm of x, or of x + residual; that sum is then written into residual."""
+    """Norm of x, or of x + residual; that sum is then written into residual.
+
+    ahead: the next kernel may begin with what does not depend on this one, if it was told so.
+    """
     out = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
-    _launch_rms_norm(x, weight, eps, offset, residual, out, None)
+    _launch_rms_norm(x, weight, eps, offset, residual, out, None, ahead)
     return out
 
 
@@ -153,11 +160,12 @@ def rms_norm_quantize(
     offset: float = 0.0,
     *,
     residual: Tensor | None = None,
+    ahead: bool = False,
 ) -> Float8Rows:
     """`rms_norm` of a matrix, rounded to float8."""
     out = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    _launch_rms_norm(x, weight, eps, offset, residual, out, scale)
+    _launch_rms_norm(x, weight, eps, offset, residual, out, scale, ahead)
     return Float8Rows(out, scale, x.dtype)
 
 
@@ -169,6 +177,7 @@ def _launch_rms_norm(
     residual: Tensor | None,
     out: Tensor,
     scale: Tensor | None,
+    ahead: bool,
 ) -> None:
     x, rows, strides = _rows(x, weight)
     n = x.shape[-1]
@@ -191,6 +200,7 @@ def _launch_rms_norm(
         ADD=residual is not None,
         OFFSET=bool(offset),
         QUANTIZE=scale is not None,
+        AHEAD=ahead,
         num_warps=warps,
     )
 

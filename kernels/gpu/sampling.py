@@ -6,6 +6,8 @@ one 16-byte load of bfloat16, and enough programs for one row to fill the device
 kernel takes the best of a row's chunks; ties go to the lowest id at every stage, so the result is
 the same however the vocabulary is cut.
 
+Filters are thresholds (`tail_sums`), found by reading the logits some times more.
+
 The noise is a pure function of (seed, sample, position, token id): SplitMix64 (Steele, Lea and
 Flood, OOPSLA 2014), 52 bits, the same bits as on the CPU. The two logarithms are in float64, so
 that devices and ranks agree but for their last place.
@@ -22,6 +24,7 @@ from .launch import launch, next_power_of_2
 
 CHUNK, WARPS = 1024, 4
 WINNER = 4  # (id, value, raw, broken)
+TAILS = 16
 NO_TOKEN = float(1 << 52)
 """The id of an empty slice: it loses every tie."""
 WORD = 1 << 64
@@ -102,6 +105,31 @@ def _merge(
         tl.store(tokens_ptr + row, winner)
 
 
+@triton.jit
+def _tails(
+    logits_ptr, tops_ptr, warmth_ptr, lowest_ptr, out_ptr, row_stride, width, step, chunks,
+    CHUNK: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """One program: a chunk of a row's logits, summed above 16 thresholds."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = column < width
+    logit = tl.load(logits_ptr + row * row_stride + column, inside, 0.0)
+    bits = (logit + 0.0).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    weight = tl.full([CHUNK], 1.0, tl.float64)
+    if WEIGHTED:
+        distance = logit.to(tl.float64) - tl.load(tops_ptr + row)
+        weight = tl.exp(distance / tl.load(warmth_ptr + row))
+    weight = tl.where(inside, weight, 0.0)
+    threshold = tl.load(lowest_ptr + row)
+    apart = tl.full([1], step, tl.int64)
+    out = out_ptr + (row * chunks + chunk) * 16
+    for digit in tl.static_range(16):
+        above = key >= threshold + digit * apart
+        tl.store(out + digit, tl.sum(tl.where(above, weight, 0.0), 0))
+
+
 def _mix(value: int) -> int:
     value = (value ^ value >> 30) * FIRST.value % WORD
     value = (value ^ value >> 27) * SECOND.value % WORD
@@ -172,3 +200,33 @@ def merge(parts: Tensor, tokens: Tensor | None = None) -> Tensor:
             num_warps=1,
         )
     return out
+
+
+def tail_sums(
+    logits: Tensor, tops: Tensor, warmth: Tensor, lowest: Tensor, step: int, *, weighted: bool
+) -> Tensor:
+    """Number or weight of each row's logits above 16 thresholds: float64 [n, 16].
+
+    logits float32 [n, m], m > 0; tops, warmth float64 [n]; lowest int64 [n].
+    """
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    rows, width = logits.shape
+    chunks = -(-width // CHUNK)
+    parts = torch.empty(rows, chunks, TAILS, dtype=torch.float64, device=logits.device)
+    if rows:
+        launch(_tails, rows, chunks)(
+            logits,
+            tops,
+            warmth,
+            lowest,
+            parts,
+            logits.stride(0),
+            width,
+            step,
+            chunks,
+            CHUNK=CHUNK,
+            WEIGHTED=weighted,
+            num_warps=WARPS,
+        )
+    return parts.sum(1)

@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import stepping  # type: ignore[import-not-found]
-import torch
 from stepping import Rendezvous, demo, generate, make_engine, make_spec, wanted
 
-from phalanx.kernels.bench.cases import SHAPES, cases, odd_cases
-from phalanx.kernels.bench.measure import compare
+from phalanx.kernels.bench.__main__ import check, run
 from phalanx.kernels.reference import ReferenceBackend
 from phalanx.kernels.select import select_backend
 
 Outcome = dict[str, Any]
-LIMITS = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
-"""Of |x - r| / |r|, r in float64. Matrices in float32 must not be multiplied in TF32."""
 TIE = 1e-3
 """Two tokens whose log-probabilities differ by less may change places in float32."""
 MOST_DRIFT = 0.1
@@ -32,19 +28,10 @@ MOST_DRIFT = 0.1
 
 def kernels(words: argparse.Namespace) -> Outcome:
     """Small odd shapes and a model's own, in float32 and bfloat16."""
-    device = torch.device(words.device)
-    backend, _ = select_backend(words.device, words.kernels)
-    shape = SHAPES["llama-3.1-8b" if words.device == "cuda" else "smollm2-135m"]
+    shape = "llama-3.1-8b" if words.device == "cuda" else "smollm2-135m"
     rows = []
     for dtype in ("float32", "bfloat16"):
-        found = [*odd_cases(SHAPES["smollm2-135m"], device)]
-        found += [case for case in cases(shape, backend, tokens=129, context=300) if case.exact]
-        for case in found:
-            with torch.inference_mode():
-                result = compare(case, backend, ReferenceBackend(), device, getattr(torch, dtype))
-            well = result.error < LIMITS[dtype]  # not where it is NaN
-            rows.append({"kernel": case.kernel, "size": case.size, "dtype": dtype})
-            rows[-1] |= {"error": result.error, "limit": LIMITS[dtype], "ok": well}
+        rows += check(words.device, shape, dtype, words.kernels, tokens=129, context=300)
     rows += _numerics(words)
     return {"ok": all(row["ok"] for row in rows), "rows": rows}
 
@@ -73,7 +60,7 @@ def _numerics(words: argparse.Namespace) -> list[dict[str, Any]]:
 def engine(words: argparse.Namespace) -> Outcome:
     """The demo model's shape: tokens in float32, log-probabilities in bfloat16."""
     rows = []
-    for kind in ("greedy", "drawn", "filtered"):
+    for kind in stepping.KINDS:
         spec = make_spec(demo(words.device), "float32", words.device)
         reference = make_engine(make_spec(demo(words.device), "float32", "cpu"), ReferenceBackend())
         margins = kind == "greedy"
@@ -83,7 +70,7 @@ def engine(words: argparse.Namespace) -> Outcome:
         got = generate(ours, wanted(kind))
         del ours
         rows.append(_compared(kind, expected, got))
-    rows.append(_drift(words))
+    rows += [_drift(words, *formats) for formats in FORMATS]
     return {"ok": all(row["ok"] for row in rows), "rows": rows}
 
 
@@ -102,10 +89,16 @@ def _compared(kind: str, expected: list[Any], got: list[Any]) -> dict[str, Any]:
     return row | {"ties": ties, "drift": None, "ok": equal + ties == len(expected)}
 
 
-def _drift(words: argparse.Namespace) -> dict[str, Any]:
+FORMATS = (("bfloat16", "bfloat16"), ("fp8", "fp8"), ("int4", "bfloat16"))
+"""Of weights and cache; each beside the reference in the same formats."""
+
+
+def _drift(words: argparse.Namespace, dtype: str, kv_dtype: str) -> dict[str, Any]:
     scored = []
     for device, kernels in (("cpu", "reference"), (words.device, words.kernels)):
-        spec = make_spec(demo(words.device), "bfloat16", device)
+        spec = make_spec(demo(words.device), dtype, device, kv_dtype=kv_dtype)
+        if dtype != "bfloat16" and device == "cpu":
+            kernels = "reference"  # CPUs have none of their own
         model = make_engine(spec, select_backend(device, kernels)[0])
         scored.append(generate(model, wanted("scored")))
         del model
@@ -117,7 +110,7 @@ def _drift(words: argparse.Namespace) -> dict[str, Any]:
     drift = sum(abs(a - b) for a, b in pairs) / len(pairs)
     well = drift < MOST_DRIFT and not math.isnan(drift)
     return {
-        "what": "prompt log-probabilities, bfloat16",
+        "what": f"prompt log-probabilities, {dtype}, cache {kv_dtype}",
         "sequences": len(scored[0]),
         "equal": None,
         "ties": None,
@@ -196,8 +189,6 @@ def speed(words: argparse.Namespace) -> Outcome:
 
 def bench_kernels(words: argparse.Namespace) -> Outcome:
     """`phalanx.kernels.bench`, in this process."""
-    from phalanx.kernels.bench.__main__ import run
-
     large = words.device == "cuda"
     shape, tokens = ("llama-3.1-8b", 2048) if large else ("smollm2-135m", 64)
     lines = list(run(words.device, shape, "bfloat16", words.kernels, tokens, 1024))

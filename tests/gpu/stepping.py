@@ -10,7 +10,7 @@ import torch
 
 from phalanx.kernels.interface import CapturableBackend, KernelBackend
 from phalanx.protos.sampling import SamplingParams
-from phalanx.protos.specs import CacheSpec, DecoderSpec, WorkerSpec
+from phalanx.protos.specs import CacheSpec, DecoderSpec, WorkerSpec, activation_dtype
 from phalanx.protos.steps import NewSequence, Row, StepPlan, StepResult
 from phalanx.workers.engine import Engine
 from phalanx.workers.graphs.device import CallAgain, CudaGraphs, Recorder
@@ -56,7 +56,8 @@ LLAMA_8B: dict[str, Any] = DEMO | {
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "drawn": {"temperature": 1.0},
-    "filtered": {"temperature": 0.9, "top_p": 0.8},
+    "filtered": {"temperature": 0.9, "top_p": 0.8, "top_k": 50},
+    "penalised": {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
 }
 
 
@@ -103,9 +104,16 @@ def wanted(kind: str, logprobs: int | None = None) -> list[Sequence]:
 
 
 def make_spec(
-    config: dict[str, Any], dtype: Any, device: Any, *, tp_size: int = 1, **sizes: Any
+    config: dict[str, Any],
+    dtype: Any,
+    device: Any,
+    *,
+    tp_size: int = 1,
+    kv_dtype: Any = None,
+    **sizes: Any,
 ) -> WorkerSpec:
-    """sizes: num_blocks, max_tokens_per_step, max_running."""
+    """kv_dtype: that of activations, by default. sizes: num_blocks, max_tokens_per_step,
+    max_running."""
     model: DecoderSpec = describe(config)
     blocks = sizes.pop("num_blocks", 128)
     return WorkerSpec(
@@ -113,7 +121,9 @@ def make_spec(
         model=model,
         dtype=dtype,
         tp_size=tp_size,
-        cache=CacheSpec(block_size=BLOCK_SIZE, num_blocks=blocks, dtype=dtype),
+        cache=CacheSpec(
+            block_size=BLOCK_SIZE, num_blocks=blocks, dtype=kv_dtype or activation_dtype(dtype)
+        ),
         eos_token_ids=(),
         device=device,
         **({"max_tokens_per_step": 48, "max_running": 8} | sizes),

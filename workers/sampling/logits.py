@@ -17,19 +17,22 @@ from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.shards import Span
 from phalanx.workers.transfer import upload
 
-from .rows import SampleRow, is_filtered, is_greedy
+from .penalties import is_penalised
+from .rows import SampleRow, is_greedy
 
 Ids = NDArray[np.int64]
 
 
 def is_adjusted(row: SampleRow) -> bool:
     """Whether any logit of this row changes before temperature."""
+    return is_penalised(row.params) or _is_edited(row)
+
+
+def _is_edited(row: SampleRow) -> bool:
+    """Whether single logits change for another reason than the tokens that came before."""
     params = row.params
     return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
+        params.logit_bias
         or params.bad_words_ids
         or params.no_repeat_ngram_size
         or params.min_tokens > row.num_output
@@ -43,15 +46,13 @@ def is_plainly_greedy(row: SampleRow) -> bool:
     return is_greedy(params) and params.logprobs is None and not is_adjusted(row)
 
 
-def is_plain(row: SampleRow, vocab_size: int) -> bool:
-    """Whether all that is wanted is the maximum of the logits, or of logits with noise.
+def is_plain(row: SampleRow) -> bool:
+    """Whether all that is wanted is a token, by temperature, filters and penalties.
 
     A row with a grammar is not plain, even where nothing is known yet of what that allows.
     """
     params = row.params
-    if params.logprobs is not None or params.grammar is not None or is_adjusted(row):
-        return False
-    return is_greedy(params) or not is_filtered(params, vocab_size)
+    return params.logprobs is None and params.grammar is None and not _is_edited(row)
 
 
 def adjust(logits: Tensor, row: SampleRow, vocab: Span, eos_token_ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The next tokens of rows without filters, penalties or log-probabilities, all on the device.
+"""The next tokens of rows without log-probabilities, all on the device.
 
 The host reads nothing on the way, so that this can be recorded and replayed with the layers. The
 tokens are those of `Sampler`: the same maximum of the same float64 numbers.
@@ -17,6 +17,7 @@ from phalanx.workers.parallel import TensorParallel
 
 from .candidates import NO_TOKEN
 from .random import gumbel, mixed, rows_at_once, token_bits
+from .threshold import RowFilters, Thresholds
 
 
 class PlainChoice:
@@ -26,6 +27,12 @@ class PlainChoice:
         self._group, self._vocab = group, vocab
         self._first_id = vocab.start if vocab.size else NO_TOKEN
         self._backend = backend if isinstance(backend, SamplingBackend) else None
+        self._thresholds = Thresholds(group, self._backend)
+
+    @property
+    def vocab(self) -> Span:
+        """This rank's slice of the vocabulary."""
+        return self._vocab
 
     def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [n], and bool [n]: the row's logits are broken, its token is 0.
@@ -52,6 +59,13 @@ class PlainChoice:
         logits, broken = self._prepared(logits)
         best, columns = gumbel_max(logits, temperatures, mixed(keys, positions), self._first_id)
         return self._agreed(best, columns, broken)
+
+    def filtered(
+        self, logits: Tensor, filters: RowFilters, keys: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `drawn`, of the tokens that the rows' filters leave."""
+        left = self._thresholds.apply(logits, filters)
+        return self.drawn(left, filters.temperatures, keys, positions)
 
     def _sampled(
         self,

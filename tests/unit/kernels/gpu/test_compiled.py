@@ -72,6 +72,7 @@ def _attend(
     *,
     queries: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    ahead: bool = False,
     **scores: Any,
 ) -> None:
     plan = GpuPlan(
@@ -88,12 +89,20 @@ def _attend(
     )
     pool = _empty(kv_heads, 4096, 16, dim, dtype=dtype)
     query = _empty(8 * queries, heads, dim)
-    attention_tiles.paged_attention(query, pool, pool, plan, AttentionSpec(scale=0.1, **scores))
+    spec = AttentionSpec(scale=0.1, **scores)
+    attention_tiles.paged_attention(query, pool, pool, plan, spec, ahead=ahead)
 
 
 def _sample(vocabulary: int) -> None:
     temperatures, counts = _empty(8, dtype=torch.float64), _empty(8, dtype=torch.int64)
     sampling.sample(_empty(8, vocabulary), temperatures, counts, counts, 0)
+
+
+def _tail_sums(vocabulary: int) -> None:
+    numbers = [_empty(8, dtype=torch.float64) for _ in range(2)]
+    logits, lowest = _empty(8, vocabulary, dtype=torch.float32), _empty(8, dtype=torch.int64)
+    for weighted in (False, True):
+        sampling.tail_sums(logits, *numbers, lowest, 1 << 28, weighted=weighted)
 
 
 def _multiply(rows: int, **options: Any) -> None:
@@ -112,10 +121,14 @@ def _multiply_float8(rows: int, **options: Any) -> None:
     )
 
 
-def _all_reduce(run: Callable[..., Any] = all_reduce.all_reduce_add_rms_norm) -> None:
+def _shared() -> tuple[PeerBuffers, Tensor, Tensor, float]:
     places = _empty(8, dtype=torch.int64)
     peers = PeerBuffers(0, _empty(64, 8192), places, places)
-    run(peers, _empty(64, 8192), _empty(8192), 1e-5)
+    return peers, _empty(64, 8192), _empty(8192), 1e-5
+
+
+def _all_reduce(run: Callable[..., Any] = all_reduce.all_reduce_add_rms_norm) -> None:
+    run(*_shared())
 
 
 def _int4(rows: int, inputs: int = 4096) -> None:
@@ -141,6 +154,7 @@ CASES = {
     "product of 16 rows, float8": Case(lambda: _multiply_float8(16), 2),
     "product of 16 rows": Case(lambda: _multiply(16), 2),
     "sampling, 128256": Case(lambda: _sample(128256), 1),
+    "sums above thresholds, 128256": Case(lambda: _tail_sums(128256), 2),
     "rms norm, 4096": Case(lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5), 2),
     "rms norm of heads": Case(
         lambda: norm.rms_norm(
@@ -229,6 +243,28 @@ def test_a_programmatic_product_loads_weights_before_it_waits(
     before, waited, after = compiled(launches[0]).ptx.partition("griddepcontrol.wait")
     assert waited
     assert ".v4.b32" in before
+    assert "st.global" not in before and "st.global" in after
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: norm.rms_norm(_empty(8, 4096), _empty(4096), 1e-5, ahead=True),
+        lambda: activation.activate(_empty(8, 28672), "silu", gated=True, ahead=True),
+        lambda: activation.gated_quantize(_empty(8, 28672), "silu", ahead=True),
+        lambda: _attend(32, 8, 128, ahead=True),
+        lambda: all_reduce.all_reduce_add_rms_norm(*_shared(), ahead=True),
+    ],
+)
+def test_what_a_product_waits_for_lets_it_begin(
+    run: Callable[[], Any], recorded: Callable[[], Any], compiled: Callable[[Any], Any]
+) -> None:
+    """The last kernel before a product, and before it writes anything."""
+    with recorded() as launches:
+        run()
+    made = compiled(launches[-1])
+    before, said, after = made.ptx.partition("griddepcontrol.launch_dependents")
+    assert said and made.spills == 0
     assert "st.global" not in before and "st.global" in after
 
 

@@ -16,7 +16,14 @@ from phalanx.workers.pending import PendingStep
 MakeEngine = Callable[..., Engine]
 GREEDY, WARM = SamplingParams(temperature=0.0), SamplingParams(seed=3, temperature=1.5)
 FILTERED = SamplingParams(seed=4, top_p=0.7)
+FILTERED_MORE = SamplingParams(seed=8, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01)
 PENALISED = SamplingParams(seed=5, repetition_penalty=1.4)
+PENALISED_MORE = SamplingParams(
+    seed=6, temperature=0.8, top_k=30, frequency_penalty=0.7, presence_penalty=-0.4
+)
+REPEATING = SamplingParams(temperature=0.0, frequency_penalty=-2.0, repetition_penalty=0.5)
+SCORED = SamplingParams(seed=7, logprobs=1, frequency_penalty=0.5)
+BIASED = SamplingParams(seed=9, logit_bias={7: 3.0})
 
 
 def blocks(seq: int) -> list[int]:
@@ -43,7 +50,10 @@ def tokens(results: list[StepResult]) -> list[list[tuple[int, int]]]:
     return [[(token.seq, token.token_id) for token in result.sampled] for result in results]
 
 
-@pytest.mark.parametrize("late", [WARM, GREEDY, FILTERED, PENALISED])
+ON_THE_DEVICE = [WARM, GREEDY, FILTERED, FILTERED_MORE, PENALISED, PENALISED_MORE, REPEATING]
+
+
+@pytest.mark.parametrize("late", [*ON_THE_DEVICE, SCORED, BIASED])
 def test_results_read_one_step_late_are_the_same(
     make_engine: MakeEngine, late: SamplingParams
 ) -> None:
@@ -62,14 +72,50 @@ def test_results_read_one_step_late_are_the_same(
     assert tokens(results) == expected
 
 
-def test_a_step_is_queued_without_reading_the_last_one(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("late", ON_THE_DEVICE)
+def test_a_step_is_queued_without_reading_the_last_one(
+    make_engine: MakeEngine, late: SamplingParams
+) -> None:
     """The tokens that the host has not read reach the next step on the device."""
     engine = make_engine(CallAgain())
-    steps = [engine.launch(plan) for plan in plans()]
+    steps = [engine.launch(plan) for plan in plans(late)]
     read = [step._result is not None for step in steps]
     assert read == [True] * (len(steps) - 2) + [False] * 2
     plain = make_engine()
-    assert tokens([step.result() for step in steps]) == tokens([*map(plain.step, plans())])
+    assert tokens([step.result() for step in steps]) == tokens([*map(plain.step, plans(late))])
+
+
+def test_penalties_know_what_was_generated_another_way(make_engine: MakeEngine) -> None:
+    """While a batch mate wants log-probabilities, the host chooses; then the device goes on, which
+    has to know all tokens, also those of a sequence that had the seat before."""
+    words = [
+        SamplingParams(seed=3, frequency_penalty=1.5, repetition_penalty=1.3, temperature=0.6),
+        SamplingParams(seed=4, presence_penalty=2.0),
+        SamplingParams(seed=5, logprobs=2),
+        SamplingParams(seed=6, frequency_penalty=1.5),
+    ]
+
+    def steps() -> Iterator[StepPlan]:
+        new = [NewSequence(seq, [5 + seq, 9, 9], 3, 0, words[seq]) for seq in (0, 1)]
+        yield StepPlan(0, 0, [], new, [], [Row(0, 3, blocks(0)), Row(1, 3, blocks(1))])
+        both = [Row(0, 1, []), Row(1, 1, [])]
+        for step in range(1, 4):
+            yield StepPlan(0, step, [], [], [], both)
+        third = NewSequence(2, [7, 8], 2, 0, words[2])
+        yield StepPlan(0, 4, [], [third], [], [*both, Row(2, 2, blocks(2))])
+        for step in range(5, 7):
+            yield StepPlan(0, step, [], [], [], [*both, Row(2, 1, [])])
+        for step in range(7, 10):
+            yield StepPlan(0, step, [2] if step == 7 else [], [], [], both)
+        last = NewSequence(3, [5, 6, 7, 8], 4, 0, words[3])
+        yield StepPlan(0, 10, [0], [last], [], [Row(1, 1, []), Row(3, 4, blocks(3))])
+        for step in range(11, 15):
+            yield StepPlan(0, step, [], [], [], [Row(1, 1, []), Row(3, 1, [])])
+
+    plain, recorded = make_engine(), make_engine(CallAgain())
+    expected = tokens([plain.step(plan) for plan in steps()])
+    launched = [recorded.launch(plan) for plan in steps()]
+    assert tokens([step.result() for step in launched]) == expected
 
 
 def test_sequences_without_a_seat_run_as_they_come(make_engine: MakeEngine) -> None:

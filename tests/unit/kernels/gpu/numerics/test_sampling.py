@@ -10,7 +10,9 @@ import torch
 
 from phalanx.kernels.gpu import sampling
 from phalanx.kernels.gpu.conversion import INTERPRETED
+from phalanx.workers.sampling import threshold
 from phalanx.workers.sampling.random import first_max, gumbel, gumbel_max, stream_key, token_bits
+from phalanx.workers.sampling.threshold import order_keys
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
@@ -95,3 +97,21 @@ def test_ranks_with_a_slice_each_agree_with_one(cuts: list[int], device: torch.d
     tokens = torch.empty(4, dtype=torch.int64, device=device)
     assert torch.equal(sampling.merge(torch.stack(parts), tokens), whole)
     assert tokens.tolist() == whole[:, 0].tolist()
+
+
+@pytest.mark.parametrize("step", [1, 1 << 20, 1 << 28])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_above_thresholds(step: int, weighted: bool, device: torch.device) -> None:
+    torch.manual_seed(step % 7)
+    logits = torch.randn(3, 1300, device=device) * 4
+    logits[1] = logits[1].round()
+    logits[2, :5] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38])
+    tops = logits.double().amax(1)
+    warmth = torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64, device=device)
+    lowest = order_keys(logits)[:, 7] - 5 * step
+    got, expected = (
+        run(logits, tops, warmth, lowest, step, weighted=weighted)
+        for run in (sampling.tail_sums, threshold.tail_sums)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert len(got.unique()) > 3
