@@ -24,6 +24,7 @@ from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
 from .model import resolve_model
 from .openai.host import OpenAIHost
+from .ports import check_free
 from .server.host import GrpcHost
 from .server.service import InferenceService
 from .starting import ReplicaStarter
@@ -81,6 +82,7 @@ async def start_cluster(
     async with AsyncExitStack() as stack:
         served = await asyncio.to_thread(resolve_model, config.model, config.max_context)
         plan_unplaced(config, served)
+        _check_ports(config)
         metrics = Metrics()
         journal = await _open_journal(config, metrics, stack)
         ranks = config.ranks_per_replica * config.replicas
@@ -160,6 +162,15 @@ def _desired(config: ClusterConfig) -> Desired:
         shrink_after_s=config.shrink_after_s,
         spares=config.spares,
     )
+
+
+def _check_ports(config: ClusterConfig) -> None:
+    """A port that is taken is found now, not when ranks have loaded."""
+    check_free("host", config.host, config.port)
+    if config.openai_port is not None:
+        check_free("openai_host", config.openai_host, config.openai_port)
+    if config.metrics_port is not None:
+        check_free("metrics_host", config.metrics_host, config.metrics_port)
 
 
 async def _open_journal(
