@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from rich.console import Console
 
@@ -18,7 +18,8 @@ from .cluster.sizing import plan_unplaced
 from .cluster.spares import SparePool
 from .config import ClusterConfig
 from .engine import AsyncEngine
-from .journal.file import JournalFile, Sync
+from .journal.choosing import open_journal
+from .journal.file import Sync
 from .journal.memory import MemoryJournal
 from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
@@ -84,7 +85,8 @@ async def start_cluster(
         plan_unplaced(config, served)
         _check_ports(config)
         metrics = Metrics()
-        journal = await _open_journal(config, metrics, stack)
+        say = _silent if progress is None else progress.print
+        journal = await _open_journal(config, metrics, say, stack)
         ranks = config.ranks_per_replica * config.replicas
         standing = config.ranks_per_replica * config.spares
         verbose = config.log_level == "debug"
@@ -173,16 +175,19 @@ def _check_ports(config: ClusterConfig) -> None:
         check_free("metrics_host", config.metrics_host, config.metrics_port)
 
 
+def _silent(text: str) -> None:
+    """Nobody wants to know."""
+
+
 async def _open_journal(
-    config: ClusterConfig, metrics: Metrics, stack: AsyncExitStack
+    config: ClusterConfig, metrics: Metrics, say: Callable[[str], None], stack: AsyncExitStack
 ) -> DurableJournal | MemoryJournal:
     """Opened before anything is started: a journal of somebody else's is refused at once."""
-    if config.journal is None:
-        return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
     sync: Sync = "full" if config.journal_sync == "full" else "normal"
-    file = await asyncio.to_thread(
-        JournalFile, Path(config.journal), sync=sync, wait_s=JOURNAL_WAIT_S
-    )
+    choose = functools.partial(open_journal, sync=sync, wait_s=JOURNAL_WAIT_S, say=say)
+    file = await asyncio.to_thread(choose, config.journal, config.port)
+    if file is None:
+        return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
     journal = DurableJournal(
         file,
         keep_s=config.journal_keep_s,
