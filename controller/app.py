@@ -23,7 +23,7 @@ from .journal.file import Sync
 from .journal.memory import MemoryJournal
 from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
-from .model import resolve_model
+from .model import ServedModel, resolve_model
 from .openai.host import OpenAIHost
 from .ports import check_free
 from .server.host import GrpcHost
@@ -87,30 +87,10 @@ async def start_cluster(
         metrics = Metrics()
         say = _silent if progress is None else progress.print
         journal = await _open_journal(config, metrics, say, stack)
-        ranks = config.ranks_per_replica * config.replicas
-        standing = config.ranks_per_replica * config.spares
-        verbose = config.log_level == "debug"
-        ray = await asyncio.to_thread(
-            RayCluster, config.ray_address, ranks + standing, verbose=verbose
-        )
-        stack.push_async_callback(asyncio.to_thread, ray.close)
-        least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
-        device = ray.device(config.device, least)
         engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
-        spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
-        starter = ReplicaStarter(
-            config, served, device, engine, metrics, progress, ray_fleet, _taker(spares)
+        starter, supervisor = await _start_replicas(
+            config, served, engine, metrics, progress, stack
         )
-        supervisor = Supervisor(
-            engine,
-            config.replicas,
-            starter.start,
-            _desired(config),
-            lambda: ray.free(device),
-            spares if config.spares else None,
-        )
-        stack.push_async_callback(supervisor.close)
-        await supervisor.start_all(min_tp=config.min_tp)
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
@@ -143,6 +123,40 @@ async def start_cluster(
         return RunningCluster(
             stack.pop_all(), watching, service, supervisor, host.address, page, url
         )
+
+
+async def _start_replicas(
+    config: ClusterConfig,
+    served: ServedModel,
+    engine: AsyncEngine,
+    metrics: Metrics,
+    progress: Console | None,
+    stack: AsyncExitStack,
+) -> tuple[ReplicaStarter, Supervisor]:
+    """Ray, and every replica with its canary token."""
+    ranks = config.ranks_per_replica * config.replicas
+    places = ranks + config.ranks_per_replica * config.spares
+    verbose = config.log_level == "debug"
+    ray = await asyncio.to_thread(RayCluster, config.ray_address, places, verbose=verbose)
+    stack.push_async_callback(asyncio.to_thread, ray.close)
+    least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
+    device = ray.device(config.device, least)
+    spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
+    starter = ReplicaStarter(
+        config, served, device, engine, metrics, progress, ray_fleet, _taker(spares)
+    )
+    supervisor = Supervisor(
+        engine,
+        config.replicas,
+        starter.start,
+        _desired(config),
+        lambda: ray.free(device),
+        spares if config.spares else None,
+    )
+    supervisor.on_failure = metrics.on_group_lost
+    stack.push_async_callback(supervisor.close)
+    await supervisor.start_all(min_tp=config.min_tp)
+    return starter, supervisor
 
 
 def _taker(spares: SparePool) -> Callable[[bool], RayFleet | None]:
@@ -273,7 +287,7 @@ async def _watch(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(journal.watch())
             tasks.create_task(supervisor.run())
-            tasks.create_task(_publish(engine, metrics))
+            tasks.create_task(_publish(engine, supervisor, metrics))
     except BaseExceptionGroup as group:
         for error in group.exceptions:
             if isinstance(error, JournalLost):
@@ -281,8 +295,9 @@ async def _watch(
         raise
 
 
-async def _publish(engine: AsyncEngine, metrics: Metrics) -> None:
+async def _publish(engine: AsyncEngine, supervisor: Supervisor, metrics: Metrics) -> None:
     while True:
+        metrics.set_ranks(supervisor.ranks_missing, supervisor.spares)
         for handle in engine.replicas:
             metrics.set_replica(handle.replica_id, handle.replica.stats())
         await asyncio.sleep(GAUGES_EVERY_S)

@@ -214,6 +214,7 @@ def test_a_group_shrinks_without_its_places_and_grows_when_it_is_quiet() -> None
         world.replicas[0].die(GroupLost("rank 3: gone"))
         await until(lambda: world.states()[0] == ("ready", 3, "places for tp 4 are gone"))
         await until(lambda: bool(world.replicas[0].requests))  # it goes on there
+        assert world.supervisor.ranks_missing == 1
         world.free = {"a": 1}
         world.replicas[0].finish(world.replicas[0].requests[0])
         await running
