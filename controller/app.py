@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from rich.console import Console
 
@@ -18,12 +18,14 @@ from .cluster.sizing import plan_unplaced
 from .cluster.spares import SparePool
 from .config import ClusterConfig
 from .engine import AsyncEngine
-from .journal.file import JournalFile, Sync
+from .journal.choosing import open_journal
+from .journal.file import Sync
 from .journal.memory import MemoryJournal
 from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
 from .model import ServedModel, resolve_model
 from .openai.host import OpenAIHost
+from .ports import check_free
 from .quotas import MeteredEngine
 from .scaling import desired_replicas
 from .server.host import GrpcHost
@@ -86,9 +88,11 @@ async def start_cluster(
             resolve_model, config.model, config.max_context, config.chat_template
         )
         plan_unplaced(config, served)
+        _check_ports(config)
         tenants = read_tenants(config.tenants_file)
         metrics = Metrics()
-        journal = await _open_journal(config, metrics, stack)
+        say = _silent if progress is None else progress.print
+        journal = await _open_journal(config, metrics, say, stack)
         engine, starter, supervisor = await _start_replicas(
             config, served, tenants, metrics, stack, progress
         )
@@ -159,6 +163,7 @@ async def _start_replicas(
         max_replicas=config.max_replicas,
         ask_for=_asker(config, ray, device),
     )
+    supervisor.on_failure = metrics.on_group_lost
     stack.push_async_callback(supervisor.close)
     await supervisor.start_all(min_tp=config.min_tp)
     return engine, starter, supervisor
@@ -193,16 +198,28 @@ def _desired(config: ClusterConfig) -> Desired:
     )
 
 
+def _check_ports(config: ClusterConfig) -> None:
+    """A port that is taken is found now, not when ranks have loaded."""
+    check_free("host", config.host, config.port)
+    if config.openai_port is not None:
+        check_free("openai_host", config.openai_host, config.openai_port)
+    if config.metrics_port is not None:
+        check_free("metrics_host", config.metrics_host, config.metrics_port)
+
+
+def _silent(text: str) -> None:
+    """Nobody wants to know."""
+
+
 async def _open_journal(
-    config: ClusterConfig, metrics: Metrics, stack: AsyncExitStack
+    config: ClusterConfig, metrics: Metrics, say: Callable[[str], None], stack: AsyncExitStack
 ) -> DurableJournal | MemoryJournal:
     """Opened before anything is started: a journal of somebody else's is refused at once."""
-    if config.journal is None:
-        return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
     sync: Sync = "full" if config.journal_sync == "full" else "normal"
-    file = await asyncio.to_thread(
-        JournalFile, Path(config.journal), sync=sync, wait_s=JOURNAL_WAIT_S
-    )
+    choose = functools.partial(open_journal, sync=sync, wait_s=JOURNAL_WAIT_S, say=say)
+    file = await asyncio.to_thread(choose, config.journal, config.port)
+    if file is None:
+        return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
     journal = DurableJournal(
         file,
         keep_s=config.journal_keep_s,
@@ -289,7 +306,7 @@ async def _watch(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(journal.watch())
             tasks.create_task(supervisor.run())
-            tasks.create_task(_publish(engine, metrics))
+            tasks.create_task(_publish(engine, supervisor, metrics))
     except BaseExceptionGroup as group:
         for error in group.exceptions:
             if isinstance(error, JournalLost):
@@ -297,8 +314,9 @@ async def _watch(
         raise
 
 
-async def _publish(engine: AsyncEngine, metrics: Metrics) -> None:
+async def _publish(engine: AsyncEngine, supervisor: Supervisor, metrics: Metrics) -> None:
     while True:
+        metrics.set_ranks(supervisor.ranks_missing, supervisor.spares)
         loads = []
         for handle in engine.replicas:
             stats = handle.replica.stats()

@@ -196,9 +196,10 @@ class ClusterConfig:
     )
 
     journal: str | None = option(
-        None,
+        "auto",
         "Folder in which accepted requests and their tokens are kept, so that a killed controller "
-        "loses nothing. It holds what users write.",
+        "loses nothing. It holds what users write. auto is one of this user's and the port's, "
+        "below XDG_STATE_HOME; none with port 0.",
         unset="off",
         group="Durability",
     )

@@ -88,6 +88,9 @@ TABLE = (
     Row("journal_commit_seconds", Histogram, "From a batch's begin to its being durable"),
     Row("journal_bytes", Gauge, "Bytes of requests in the journal"),
     Row("requests_recovered", Counter, "Requests taken up from an earlier controller's journal"),
+    Row("groups_lost", Counter, "Groups of ranks that died, hung or did not start"),
+    Row("ranks_missing", Gauge, "Ranks that replicas have fewer than they should"),
+    Row("spares", Gauge, "Groups of ranks that stand by"),
     Row("preemptions", Counter, "Requests sent back to wait for want of KV blocks", "replica"),
 )
 
@@ -156,6 +159,15 @@ class Metrics:
     def on_recovered(self, count: int) -> None:
         """So many requests were taken up from the journal."""
         self._all["requests_recovered"].inc(count)
+
+    def on_group_lost(self) -> None:
+        """A group of ranks was lost, or did not start."""
+        self._all["groups_lost"].inc()
+
+    def set_ranks(self, missing: int, spares: int) -> None:
+        """How many ranks replicas lack, and how many groups stand by."""
+        self._all["ranks_missing"].set(missing)
+        self._all["spares"].set(spares)
 
     def on_start(self, method: str) -> None:
         """A request of RPC `method` ("Generate", "Chat") came in."""

@@ -77,6 +77,8 @@ class Supervisor:
         self._slots = [Slot() for _ in range(replicas)]
         self._epoch = 0
         self._changed = asyncio.Event()
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called when a group was lost, or did not start."""
         engine.on_replica_lost = self._on_lost
         engine.condition = self._condition
 
@@ -109,6 +111,17 @@ class Supervisor:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             tasks.create_task(self._keep())
+
+    @property
+    def ranks_missing(self) -> int:
+        """Ranks that replicas have fewer than they should."""
+        desired = self._desired
+        return sum(desired.tp - slot.tp for slot in self._slots) * desired.pp
+
+    @property
+    def spares(self) -> int:
+        """Groups that stand by."""
+        return 0 if self._spares is None else len(self._spares)
 
     def restart_all(self) -> int:
         """Replace every replica, one after the other; their streams go on. Returns how many."""
@@ -288,6 +301,7 @@ class Supervisor:
 
     def _fail(self, index: int, error: PhalanxError) -> None:
         _log.error("replica-%d: %s", index, error)
+        self.on_failure()
         # what Ray has to say of it is in the log
         cause = str(error).split(REASON, 1)[0]
         self._slots[index] = self._slots[index].failed(time.monotonic(), cause)

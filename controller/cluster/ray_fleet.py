@@ -17,11 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from phalanx.controller.config import ClusterConfig
 from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
-from phalanx.protos.specs import WorkerSpec
+from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import Hello
 from phalanx.workers.actor import NodeFacts, RankActor, Rendezvous
 
+from .deaths import oom_kills, starved
 from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
 
@@ -138,6 +139,7 @@ class RayFleet:
         self._runs: list[ray.ObjectRef[None]] = []
         self._nodes: list[NodeFacts] = []
         self._links: RankLinks | None = None
+        self._oom_kills = 0
 
     def reserve(self) -> list[NodeFacts]:
         """Take the places and look around in them. Raises `ConfigError` when there are none."""
@@ -194,6 +196,7 @@ class RayFleet:
 
     def start(self, spec: WorkerSpec, progress: Progress) -> list[RankFacts]:
         """Form the group and load."""
+        self._oom_kills = oom_kills()
         local = {node.address for node in self._nodes} == {ray.util.get_node_ip_address()}
         host = LOOPBACK if local else ray.util.get_node_ip_address()
         links = self._links = RankLinks(
@@ -215,7 +218,7 @@ class RayFleet:
             self._runs.append(actor.run.remote(links.address, hello, rendezvous))
         try:
             links.accept(self._start_timeout_s, alive=self._check_alive)
-            reports = links.load(spec, progress, self._start_timeout_s)
+            reports = self._load(links, spec, progress)
         except BaseException:
             self.stop()
             raise
@@ -239,11 +242,20 @@ class RayFleet:
         try:
             return self._open().receive(timeout_s)
         except GroupLost as error:
-            raise GroupLost(f"{error}{self._reason()}") from error
+            raise self._explained(error) from error
+
+    def _load(self, links: RankLinks, spec: WorkerSpec, progress: Progress) -> list[LoadReport]:
+        try:
+            return links.load(spec, progress, self._start_timeout_s)
+        except GroupLost as error:
+            raise self._explained(error) from error
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone."""
-        self._open().check()
+        try:
+            self._open().check()
+        except GroupLost as error:
+            raise self._explained(error) from error
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask the ranks to end, then end them, and give the places back."""
@@ -320,13 +332,16 @@ class RayFleet:
             return self._runs.index(done[0]), error
         return self._runs.index(done[0]), None
 
-    def _reason(self) -> str:
-        """What Ray knows of dead ranks: their sockets only tell that they are gone."""
+    def _explained(self, error: GroupLost) -> GroupLost:
+        """With what Ray and the kernel know of dead ranks: their sockets only tell that they are
+        gone."""
         end = self._first_end(REASON_S)
         if end is None or end[1] is None:
-            return ""
-        words = " ".join(str(end[1]).split())[:REASON_CHARS]
-        return f"{REASON}rank {end[0]}: {words}"
+            return error
+        words = " ".join(str(end[1]).split())
+        hungry = starved(words) or oom_kills() > self._oom_kills
+        cause = f"; rank {end[0]} was killed for want of memory" if hungry else ""
+        return GroupLost(f"{error}{cause}{REASON}rank {end[0]}: {words[:REASON_CHARS]}")
 
     def _check_alive(self) -> None:
         end = self._first_end(0)

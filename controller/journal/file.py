@@ -58,10 +58,13 @@ class JournalFile:
     is refused.
     """
 
-    def __init__(self, folder: Path, *, sync: Sync = "normal", wait_s: float = 0.0) -> None:
-        """wait_s: seconds to wait for another owner to end. Raises `ConfigError` for a journal
+    def __init__(
+        self, folder: Path, *, sync: Sync = "normal", wait_s: float = 0.0, own: bool = False
+    ) -> None:
+        """wait_s: seconds to wait for another owner to end. own: nobody has chosen this folder, so
+        what another model has left unfinished here is dropped. Raises `ConfigError` for a journal
         that is owned, foreign, damaged, or of another version; nothing is changed then."""
-        self._folder = open_folder(folder)
+        self._folder, self._own = open_folder(folder), own
         self.epoch: int = -1
         self.next_number: int = 1
         self._log_bytes = self._finished_bytes = 0
@@ -146,17 +149,20 @@ class JournalFile:
     def adopt(self, model: str) -> None:
         """Become the owner, for requests of this model.
 
-        Raises `ConfigError` if another model has left requests here: its tokens are not ours.
+        Raises `ConfigError` if another model has left requests here: its tokens are not ours. In a
+        folder that nobody has chosen they are dropped.
         """
         row = self._write.execute("SELECT value FROM meta WHERE key = 'model'").fetchone()
         if row is not None and row[0] != model:
-            if self._live:
+            if self._live and not self._own:
                 raise ConfigError(
                     f"journal {self._path}: holds {len(self._live)} unfinished requests of "
                     f"{row[0]}, this is {model}; serve that model, or take another folder"
                 )
             self._write.execute("DELETE FROM finished")
-            self._finished_bytes = 0
+            self._write.execute("DELETE FROM log")
+            self._live.clear()
+            self._log_bytes = self._finished_bytes = 0
         self._write.execute("BEGIN IMMEDIATE")
         self._write.execute("INSERT OR REPLACE INTO meta VALUES ('model', ?)", (model,))
         self._write.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
