@@ -63,8 +63,8 @@ def test_every_rank_gets_the_same_sum_and_norm(
         results.append(all_reduce_add_rms_norm(peers, own, weight, 1e-5))
         assert torch.equal(own, summed)
         assert torch.equal(results[rank], results[0])
-        rounded = all_reduce_add_rms_norm_quantize(peers, residual.clone(), weight, 1e-5)
-        _equal_rows(rounded, quantize(results[0]))
+    rounded = all_reduce_add_rms_norm_quantize(peers, residual.clone(), weight, 1e-5)
+    _equal_rows(rounded, quantize(results[0]))
     tolerance = 2e-6 if dtype is torch.float32 else 8e-3
     torch.testing.assert_close(results[0].double(), expected, rtol=tolerance, atol=tolerance)
 

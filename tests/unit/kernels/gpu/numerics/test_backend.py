@@ -149,7 +149,7 @@ def test_a_rounded_model_computes_what_the_reference_does(
 ) -> None:
     """Widths that are no multiples of 16 or 128, products of many rows and of few."""
     torch.manual_seed(0)
-    checkpoint = tiny_llama(intermediate_size=200)
+    checkpoint = tiny_llama(intermediate_size=200, num_hidden_layers=1)
     _, exact = _run(checkpoint, ReferenceBackend(), "cpu")
     tokens, expected = _run(checkpoint, ReferenceBackend(), "cpu", dtype, kv_dtype)
     backend = _Counting(device)
