@@ -82,8 +82,8 @@ class Decoder:
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
         layouts = names.layouts
         shared = (group, backend, dtype, device)
-        # a device cannot hold all weights as they come, where there is just room for rounded ones
-        self._late = weights in ROUNDED_DTYPES and device.type != "cpu"
+        # there may be just room for the rounded weights, and not for all of them as they come
+        self._late = weights in ROUNDED_DTYPES
         self.layers: list[DecoderLayer] = []
         for i in range(*stage.layers):
             layer = DecoderLayer(

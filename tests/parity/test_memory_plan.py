@@ -172,7 +172,7 @@ def check(model: ServedModel, dtype: Any, tp_size: int, rank: int, **sizes: int)
         f"activations {peak}, planned {memory.activations}"
     )
     if dtype == "int8":
-        return  # all weights have their place in bfloat16 at first, which is written stage by stage
+        return  # a layer is float32 while it is rounded, and these models have two
     # while weights are laid out anew, those of one stage exist twice, never all
     assert loading.peak + report.kv_bytes <= max(memory.total, held + 0.25 * memory.weights)
 
