@@ -17,7 +17,7 @@ from phalanx.controller.app import start_cluster
 from phalanx.controller.client import AsyncClient
 from phalanx.controller.config import ClusterConfig
 
-STREAMS, TOKENS, STORE = 4, 400, 80 * 2**20
+STREAMS, TOKENS, STORE = 3, 240, 80 * 2**20
 QUICK = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
