@@ -31,4 +31,5 @@ def largest_tp(free: Free, most: int, pp: int, strategy: str) -> int:
 
 def freed(free: Free, places: Iterable[str]) -> dict[str, int]:
     """What would be free without the ranks on these nodes, one entry a rank."""
-    return dict(Counter(free) + Counter(place for place in places if place in free))
+    back = Counter(places)
+    return {place: count + back[place] for place, count in free.items()}

@@ -17,12 +17,12 @@ from phalanx.controller.app import start_cluster
 from phalanx.controller.client import AsyncClient
 from phalanx.controller.config import ClusterConfig
 
-STREAMS, TOKENS, STORE = 4, 400, 80 * 2**20
+STREAMS, TOKENS, STORE = 3, 240, 80 * 2**20
 QUICK = {
     "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 500,
-    "health_check_failure_threshold": 2,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 3,
 }
 HEAD = {"num_cpus": 2, "object_store_memory": STORE, "_system_config": QUICK}
 nodes = Cluster(initialize_head=True, head_node_args=HEAD)
@@ -49,7 +49,7 @@ async def main():
             return tokens
 
         async def settled(tp, condition):
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(150):
                 while True:
                     [replica] = (await client.cluster_state()).replicas
                     if (replica.state, replica.tp) == ("ready", tp):

@@ -154,6 +154,8 @@ def test_room_is_what_laying_the_bundles_out_one_by_one_finds(
 
 def test_places_of_a_node_that_is_gone_are_not_freed() -> None:
     assert freed({"a": 1, "c": 2}, ["a", "a", "b"]) == {"a": 3, "c": 2}
+    # a node that is full is there all the same
+    assert freed({"a": 0}, []) == {"a": 0}
 
 
 def test_a_group_waits_for_its_places_and_then_goes_on_smaller() -> None:
@@ -194,6 +196,12 @@ def test_a_small_group_grows_when_it_is_quiet_and_its_places_are_steady() -> Non
     assert isinstance(foremost([slot], 60.0 + STEADY_S, WANTED, busy), Wait)
     late = 60.0 + STEADY_S + QUIET_WAIT_S
     assert foremost([slot], late, WANTED, busy) == Replace(0, 4, beside=False)
+
+
+def test_a_group_grows_into_a_full_node_of_its_own_and_another_one() -> None:
+    desired = Desired(tp=3, placement="PACK")
+    slot = seen(Slot().started(2, "aa"), (0.0, {"a": 0, "b": 1}), desired=desired)
+    assert slot.since == 0.0
 
 
 def test_a_group_grows_beside_the_old_one_where_there_is_room_for_both() -> None:
