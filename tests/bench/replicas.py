@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phalanx.controller.benchmark.report import date_now, machine_facts, software_versions
-from phalanx.controller.cluster.ray_fleet import RayCluster
+from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.kvcache.prefix import PrefixNaming
@@ -118,7 +118,7 @@ async def serve(
 ) -> Counts:
     """All conversations on fresh replicas."""
     engine = AsyncEngine(served.spec, config.replicas, placer)
-    starter = ReplicaStarter(config, served, "cpu", engine, Metrics(), None)
+    starter = ReplicaStarter(config, served, "cpu", engine, Metrics(), None, ray_fleet)
     supervisor = Supervisor(engine, config.replicas, starter.start)
     await supervisor.start_all()
     counts = Counts()
