@@ -121,7 +121,6 @@ async def serve(
     starter = ReplicaStarter(config, served, "cpu", engine, Metrics(), None, ray_fleet)
     supervisor = Supervisor(engine, config.replicas, starter.start)
     await supervisor.start_all()
-    counts = Counts()
     try:
         # a request to each replica first, so that all have been measured
         warm = Counts()
@@ -129,6 +128,8 @@ async def serve(
         await asyncio.gather(
             *(converse(engine, warm, quick, -1 - index) for index in range(2 * config.replicas))
         )
+        # what is cached by now is so for the oracle as well
+        counts = Counts(_seen=warm._seen)
         await asyncio.gather(
             *(converse(engine, counts, options, index) for index in range(options.conversations))
         )

@@ -119,7 +119,9 @@ def test_each_tenant_has_a_queue_bound_of_its_own(make_loop: LoopFactory) -> Non
     for tenant, most in (("small", 2), ("large", 4)):
         for number in range(most):
             loop.add(f"{tenant}{number}", [1], tenant=tenant)
-        with pytest.raises(ResourceExhausted, match=f"max_queued of tenant '{tenant}'.* {most} may"):
+        with pytest.raises(
+            ResourceExhausted, match=f"max_queued of tenant '{tenant}'.* {most} may"
+        ):
             loop.add(f"{tenant}-more", [1], tenant=tenant)
     loop.run()
 
