@@ -90,7 +90,7 @@ class Offline:
     def generate(self, prompts: Prompt | Sequence[Prompt], **params: Any) -> list[Completion]:
         """Continue texts or lists of token ids, all at once; the answers come in their order.
 
-        params: the fields of the `SamplingParams` message, for all of them; an unknown name is a
+        params: the fields of the messages `SamplingParams` and `RequestOptions`, for all of them; an unknown name is a
         `TypeError`. Raises `InvalidArgument` before anything is computed; what ends a request
         later is raised when the others have ended.
         """
@@ -186,7 +186,7 @@ class _Job:
 
     def requests(self) -> list[Request]:
         """Its samples, for the scheduler."""
-        now = time.monotonic()
+        now, seconds = time.monotonic(), self._admitted.deadline_s
         return [
             Request(
                 request_id=self.name,
@@ -195,6 +195,8 @@ class _Job:
                 params=self._admitted.params,
                 tenant=TENANT,
                 arrival=now,
+                deadline=None if seconds is None else now + seconds,
+                priority=self._admitted.priority,
             )
             for index in range(self._admitted.params.n)
         ]

@@ -17,6 +17,8 @@ from .sample import Sample, State
 
 FAVOURED = 0.75
 """Of the budget that streams leave: for prompts of tenants below their share."""
+OTHERS = 0.5
+"""Of a step's budget: for prompts of all others, so that whoever comes waits for a short step."""
 
 
 class StepPlanner:
@@ -28,7 +30,8 @@ class StepPlanner:
        behind it.
 
     While several tenants come, what 2 and 3 have for those that run less than their share goes
-    before, with `FAVOURED` of the budget, and the last places are theirs (`places.Places`).
+    before, with `FAVOURED` of the budget, and the last places are theirs (`places.Places`);
+    what others have gets `OTHERS` of it at most.
 
     A running sample that finds no block takes those of the youngest one. The loser goes back to
     the head of the queue and computes its tokens again later, the output included. A sample that
@@ -123,7 +126,8 @@ class StepPlanner:
         below = self._places.below_share
         self._continue_chunks(draft, [item for item in chunks if below(item.request.tenant)])
         self._admit(draft, now, favoured=True)
-        draft.budget += rest
+        others = max(int(OTHERS * self._config.max_tokens_per_step), 1)
+        draft.budget = min(draft.budget + rest, others)
 
     def _add(self, draft: PlanDraft, sample: Sample, blocks: list[int]) -> None:
         """Let the sample compute; where there are states, say where its own are."""

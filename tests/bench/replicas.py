@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phalanx.controller.benchmark.report import date_now, machine_facts, software_versions
-from phalanx.controller.cluster.ray_fleet import RayCluster
+from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.kvcache.prefix import PrefixNaming
@@ -118,10 +118,9 @@ async def serve(
 ) -> Counts:
     """All conversations on fresh replicas."""
     engine = AsyncEngine(served.spec, config.replicas, placer)
-    starter = ReplicaStarter(config, served, "cpu", engine, Metrics(), None)
+    starter = ReplicaStarter(config, served, "cpu", engine, Metrics(), None, ray_fleet)
     supervisor = Supervisor(engine, config.replicas, starter.start)
     await supervisor.start_all()
-    counts = Counts()
     try:
         # a request to each replica first, so that all have been measured
         warm = Counts()
@@ -129,6 +128,8 @@ async def serve(
         await asyncio.gather(
             *(converse(engine, warm, quick, -1 - index) for index in range(2 * config.replicas))
         )
+        # what is cached by now is so for the oracle as well
+        counts = Counts(_seen=warm._seen)
         await asyncio.gather(
             *(converse(engine, counts, options, index) for index in range(options.conversations))
         )

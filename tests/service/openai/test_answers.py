@@ -161,6 +161,7 @@ def test_every_field_reaches_the_engine(front: Any, say: Any) -> None:
         "top_k": 11, "min_p": 0.05, "repetition_penalty": 1.1, "stop_token_ids": [7],
         "ignore_eos": True, "min_tokens": 2, "skip_special_tokens": False,
         "include_stop_str_in_output": True, "no_repeat_ngram_size": 3, "bad_words": [],
+        "priority": -3, "deadline_s": 20,
     }  # fmt: skip
     wanted = SamplingParams(
         temperature=0.7, top_p=0.9, n=2, seed=2**62, stop=("x",), presence_penalty=0.5,
@@ -184,6 +185,8 @@ def test_every_field_reaches_the_engine(front: Any, say: Any) -> None:
                 echo=False, best_of=2, **common,
             )  # fmt: skip
             assert [item.params for item in made.submissions] == [wanted, wanted]
+            assert [item.priority for item in made.submissions] == [-3, -3]
+            assert all(item.deadline is not None for item in made.submissions)
 
     asyncio.run(main())
 

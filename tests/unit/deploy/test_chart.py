@@ -83,8 +83,10 @@ def test_keda_scales_by_a_query(template: Any, load: Any, check_schema: Any) -> 
     made = template("--set", "pod.autoscaling.kind=keda")
     [scaled] = [item for item in load(made.stdout) if item["kind"] == "ScaledObject"]
     check_schema(scaled)
-    [trigger] = scaled["spec"]["triggers"]
-    assert "phalanx_waiting_requests{" in trigger["metadata"]["query"]
+    waiting, desired = (trigger["metadata"] for trigger in scaled["spec"]["triggers"])
+    assert "phalanx_waiting_requests{" in waiting["query"]
+    assert "phalanx_desired_replicas{" in desired["query"]
+    assert desired["threshold"] == "1", "a copy has as many replicas as its config says"
 
 
 @pytest.mark.parametrize(

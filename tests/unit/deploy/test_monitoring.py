@@ -144,7 +144,8 @@ def test_dashboard_is_laid_out(dashboard: dict[str, Any]) -> None:
 def test_scaling_names_gauges(deploy: Path) -> None:
     text = (deploy / "helm/phalanx/templates/autoscaling.yaml").read_text(encoding="utf-8")
     named = set(re.findall(r"phalanx_\w+", text))
-    assert named == {"phalanx_waiting_requests", "phalanx_kv_use_ratio"}
+    wanted = {"waiting_requests", "kv_use_ratio", "desired_replicas"}
+    assert named == {f"phalanx_{name}" for name in wanted}
     assert all(SERIES[name].kind is Gauge for name in named)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -128,6 +131,27 @@ def test_ours_is_sooner_than_each_other_one(trace: str) -> None:
         assert ours["good_share"] >= other["good_share"] - 0.005, policy
         assert other["hit_rate"] <= other["oracle_hit_rate"] + 1e-9
     assert ours["hit_rate"] > 0.95 * max(other["hit_rate"] for other in found.values())
+
+
+@pytest.mark.parametrize("load", [0.1, 0.4])
+def test_a_hot_prefix_is_replicated_before_it_overloads_its_holder(
+    load: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests begin with the same 5,000 tokens; one replica has not the places for them."""
+    hot = list(range(1, 41))
+
+    def trace(seed: int) -> Iterator[Session]:
+        random = Random(seed)
+        for number in itertools.count(1000):
+            yield Session(number, "a", hot, [(random.randint(20, 200), 100, 0.0)])
+
+    monkeypatch.setitem(TRACES, "hot", trace)
+    simulation = Simulation(replace(SETTING, trace="hot", load=load, requests=3000))
+    figures = simulation.run().figures()
+    held = [replica.cache.run(hot) for replica in simulation.replicas]
+    assert sum(run == len(hot) for run in held) > (1 if load < 0.2 else 4)
+    assert figures["hit_rate"] > 0.95 and figures["good_share"] > 0.99
+    assert figures["ttft_p99_s"] < 2 * 5000 * Profile().token_s, "nobody waits for two such prompts"
 
 
 def test_a_simulation_is_deterministic_and_everything_ends() -> None:
