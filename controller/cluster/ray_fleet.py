@@ -23,6 +23,7 @@ from phalanx.protos.wire import Hello
 from phalanx.workers.actor import NodeFacts, RankActor, Rendezvous
 
 from .deaths import oom_kills, starved
+from .exchanging import ExchangingFleet
 from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
 
@@ -107,7 +108,7 @@ class RayCluster:
         ray.shutdown()
 
 
-class RayFleet:
+class RayFleet(ExchangingFleet):
     """`Fleet` with one actor per rank in a placement group: `reserve`, then `start`.
 
     Of several stages, each is one place of the group, so that its ranks share a node.
@@ -213,6 +214,7 @@ class RayFleet:
                 collectives=self._resolve_collectives(),
                 threads=self._threads or self._share_of_cores(node),
                 timeout_s=self._step_timeout_s,
+                exchange_host=_exchange_host(node),
             )
             hello = Hello(rank, spec.epoch, links.secret)
             self._runs.append(actor.run.remote(links.address, hello, rendezvous))
@@ -353,6 +355,12 @@ class RayFleet:
         if error is not None:
             raise GroupLost(f"rank {rank} failed while starting: {error}") from error
         raise GroupLost(f"rank {rank} ended while starting")
+
+
+def _exchange_host(node: NodeFacts) -> str:
+    """Where ranks of other replicas get a rank's KV blocks; nobody else can ask, if there is one
+    node only."""
+    return LOOPBACK if sum(item["Alive"] for item in ray.nodes()) == 1 else node.address
 
 
 def strategy(placement: str, pp_size: int) -> str:
