@@ -159,13 +159,11 @@ class ClusterConfig:
         group="Advanced",
     )
     copy_prefixes: bool = option(
-        True,
-        "Copy a cached prefix from another replica where that is faster than computing it.",
-        group="Advanced",
+        True, "Copy cached prefixes between replicas where that is faster.", group="Advanced"
     )
     rebalance: bool = option(
         False,
-        "Hand running streams of a replica where requests wait over to one that has room.",
+        "Hand streams over from where requests wait to where there is room.",
         group="Advanced",
     )
     record_steps: bool = option(

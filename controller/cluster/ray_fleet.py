@@ -204,7 +204,7 @@ class RayFleet(ExchangingFleet):
             self._num_ranks, spec.epoch, host, silence_timeout_s=self._silence_timeout_s
         )
         store_host = LOOPBACK if local else self._nodes[0].address
-        port = 0
+        port, alone = 0, len(ray.nodes()) == 1  # only others' ranks need more than the loopback
         if self._num_ranks > 1:
             [port] = self._call([self._actors[0].open_store.remote(store_host)])
         for rank, (actor, node) in enumerate(zip(self._actors, self._nodes, strict=True)):
@@ -214,7 +214,7 @@ class RayFleet(ExchangingFleet):
                 collectives=self._resolve_collectives(),
                 threads=self._threads or self._share_of_cores(node),
                 timeout_s=self._step_timeout_s,
-                exchange_host=_exchange_host(node),
+                exchange_host=LOOPBACK if alone else node.address,
             )
             hello = Hello(rank, spec.epoch, links.secret)
             self._runs.append(actor.run.remote(links.address, hello, rendezvous))
@@ -355,12 +355,6 @@ class RayFleet(ExchangingFleet):
         if error is not None:
             raise GroupLost(f"rank {rank} failed while starting: {error}") from error
         raise GroupLost(f"rank {rank} ended while starting")
-
-
-def _exchange_host(node: NodeFacts) -> str:
-    """Where ranks of other replicas get a rank's KV blocks; nobody else can ask, if there is one
-    node only."""
-    return LOOPBACK if sum(item["Alive"] for item in ray.nodes()) == 1 else node.address
 
 
 def strategy(placement: str, pp_size: int) -> str:
