@@ -22,9 +22,17 @@ def disagreements(config: ClusterConfig) -> list[str]:
             f"max_tokens_per_step is {config.max_tokens_per_step}, allowed: at least max_running "
             f"({config.max_running}), one token for each"
         )
-    if config.most_replicas < config.replicas:
+    if (config.prefill_replicas is None) != (config.decode_replicas is None):
+        wrong.append("prefill_replicas and decode_replicas are given together or not at all")
+    elif config.prefill_replicas is not None and config.replicas != 1:
         wrong.append(
-            f"max_replicas is {config.max_replicas}, allowed: at least replicas ({config.replicas})"
+            f"replicas is {config.replicas}, allowed with prefill_replicas and decode_replicas: "
+            "none, as those are all there are"
+        )
+    if config.most_replicas < config.num_replicas:
+        wrong.append(
+            f"max_replicas is {config.max_replicas}, allowed: at least replicas "
+            f"({config.num_replicas})"
         )
     wrong += foreign_formats(config.dtype, config.kv_dtype, config.device)
     if (config.tls_cert is None) != (config.tls_key is None):

@@ -140,7 +140,7 @@ async def _start_replicas(
     progress: Console | None,
 ) -> tuple[AsyncEngine, ReplicaStarter, Supervisor]:
     """Ray, and on it every replica, each of which has given a token."""
-    ranks = config.ranks_per_replica * config.replicas
+    ranks = config.ranks_per_replica * config.num_replicas
     most = config.ranks_per_replica * config.most_replicas
     standing = config.ranks_per_replica * config.spares
     verbose = config.log_level == "debug"
@@ -148,14 +148,22 @@ async def _start_replicas(
     stack.push_async_callback(asyncio.to_thread, ray.close)
     least = ranks if config.min_tp is None else ranks // config.tp * config.min_tp
     device = ray.device(config.device, least)
-    engine = AsyncEngine(served.spec, config.replicas, max_held=config.max_queued)
+    engine = AsyncEngine(
+        served.spec,
+        config.num_replicas,
+        max_held=config.max_queued,
+        prefill=config.prefill_replicas or 0,
+        rebalance=config.rebalance,
+        copy_prefixes=config.copy_prefixes,
+        on_move=metrics.on_move,
+    )
     spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
     starter = ReplicaStarter(
         config, served, device, engine, metrics, progress, ray_fleet, _taker(spares), tenants
     )
     supervisor = Supervisor(
         engine,
-        config.replicas,
+        config.num_replicas,
         starter.start,
         _desired(config),
         lambda: ray.free(device),

@@ -65,6 +65,20 @@ class ClusterConfig:
         group="Advanced",
     )
     replicas: int = option(1, "Copies of the model, each of PP x TP ranks.", low=1, high=1024)
+    prefill_replicas: int | None = option(
+        None,
+        "Replicas for prompts alone, given with decode-replicas; they take the place of replicas.",
+        low=1,
+        high=1024,
+        unset="off",
+    )
+    decode_replicas: int | None = option(
+        None,
+        "Replicas to which streams go with their KV blocks once their prompts are computed.",
+        low=1,
+        high=1024,
+        unset="off",
+    )
     max_replicas: int | None = option(
         None,
         "Copies that `phalanx scale` may ask for; auto is REPLICAS.",
@@ -142,6 +156,14 @@ class ClusterConfig:
         "Tokens of a prompt between states that are kept, beside the one at its end.",
         low=1,
         unset="off",
+        group="Advanced",
+    )
+    copy_prefixes: bool = option(
+        True, "Copy cached prefixes between replicas where that is faster.", group="Advanced"
+    )
+    rebalance: bool = option(
+        False,
+        "Hand streams over from where requests wait to where there is room.",
         group="Advanced",
     )
     record_steps: bool = option(
@@ -285,7 +307,14 @@ class ClusterConfig:
     @property
     def most_replicas(self) -> int:
         """Replicas that there may be at a time."""
-        return self.max_replicas or self.replicas
+        return self.max_replicas or self.num_replicas
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas at first, of either kind."""
+        if self.prefill_replicas is None or self.decode_replicas is None:
+            return self.replicas
+        return self.prefill_replicas + self.decode_replicas
 
     @property
     def ranks_per_replica(self) -> int:

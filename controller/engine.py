@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 from phalanx.protos.errors import (
     AlreadyExists,
@@ -27,8 +28,10 @@ from phalanx.protos.specs import DecoderSpec
 from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
+from .movement.movement import DRAIN_S, DrainReport, KeptMove, Movement
+from .residents import Residents
 from .routing.placer import Placement, Placer
-from .routing.router import Request, Work
+from .routing.router import Decision, Request, Work
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import Stream
 
@@ -50,16 +53,23 @@ class AsyncEngine:
         placer: Placer | None = None,
         *,
         max_held: int = DEFAULT_MAX_QUEUED_REQUESTS,
+        prefill: int = 0,
+        **movement: Any,
     ) -> None:
-        """max_held: requests that wait for a replica to come, at most; more are refused."""
+        """max_held: requests that wait for a replica to come, at most; more are refused.
+        prefill: see `Residents`. movement: see `Movement`."""
         self._model, self._max_held = model, max_held
         self._loop = asyncio.get_running_loop()
         self._slots: list[ReplicaHandle | None] = [None] * replicas
         self._numbers = itertools.count()
-        self._by_name: dict[str, Stream] = {}
         self._live: dict[tuple[str, str], Stream] = {}
         self._homeless: dict[Stream, None] = {}
         self._placer = placer or Placer()
+        self._residents = Residents(self._slots, self._placer, prefill)
+        self._by_name = self._residents.by_name
+        self._movement = Movement(self._residents, self._relocate, **movement)
+        self._decision: Decision | None = None
+        """The one that was just made, if there was anything to decide."""
         self.holding = False
         """Whether requests that find no replica wait for one, as it will soon be there."""
         self.on_serving: Callable[[bool], None] = lambda serving: None
@@ -95,7 +105,7 @@ class AsyncEngine:
         self._slots[handle.index] = handle
         await self._canary(handle)
         handle.proven = True
-        self._placer.loads.join(handle.index, handle.places, handle.room)
+        self._residents.join(handle)
         self._place_homeless()
         self.on_serving(self.serving)
 
@@ -106,12 +116,19 @@ class AsyncEngine:
         handle = self._slots[index]
         if handle is None:
             return None
+        with contextlib.suppress(Unavailable):
+            await self.drain(index)
         handle.leaving = True
-        self._placer.loads.leave(index)
+        self._residents.leave(index)
         self.on_serving(self.serving)
         ending = asyncio.ensure_future(asyncio.to_thread(handle.replica.stop))
         await handle.left.wait()
         return ending
+
+    async def drain(self, index: int, timeout_s: float = DRAIN_S) -> DrainReport:
+        """Let a replica take no more requests, and its streams go on elsewhere with their KV
+        blocks. Raises `Unavailable`, changing nothing, where there is no other."""
+        return await self._movement.drain(index, timeout_s)
 
     def resize(self, replicas: int) -> None:
         """So many slots there are from now on. Precondition: those that go have no replica."""
@@ -145,6 +162,7 @@ class AsyncEngine:
             if stream.deadline is not None and stream.deadline <= now:
                 stream.end(FinishReason.DEADLINE)
         self._place_homeless()
+        self._movement.balance()
 
     # --- requests ---
 
@@ -179,10 +197,13 @@ class AsyncEngine:
             self._check_held()
         self._live[tenant, request_id] = stream
         try:
+            if handle is not None and self._decision is not None:
+                await self._movement.bring_prefix(stream, self._decision)
+                handle = handle if handle.serving else self._choose(stream)
             if handle is None:
                 self._homeless[stream] = None
-            else:
-                self._place(stream, handle)
+            elif not stream.finished:
+                self._residents.place(stream, handle)
             async with contextlib.aclosing(self._follow(stream)) as batches:
                 async for events in batches:
                     yield events
@@ -218,7 +239,17 @@ class AsyncEngine:
         """Where the latest requests went and why, the oldest first; none with one replica."""
         return self._placer.placements()
 
+    def moves(self) -> list[KeptMove]:
+        """The latest hand-overs of requests, the oldest first."""
+        return self._movement.moves()
+
     # --- the inside ---
+
+    def _relocate(self, stream: Stream) -> None:
+        """Take a stream from its replica and place it anew, from its tokens."""
+        self._residents.detach(stream)
+        self._homeless[stream] = None
+        self._place_homeless()
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
@@ -245,7 +276,7 @@ class AsyncEngine:
 
     def _pick(self, stream: Stream) -> int:
         """The replica for a stream by what is known on this thread."""
-        loads = self._placer.loads
+        loads, self._decision = self._placer.loads, None
         if len(loads) == 1:
             stream.uncached_tokens = stream.known_tokens
             return loads.only
@@ -260,28 +291,8 @@ class AsyncEngine:
             reads_cache=stream.reads_cache,
         )
         stream.uncached_tokens = decision.uncached_tokens
+        self._decision = decision
         return decision.replica
-
-    def _charge(self, stream: Stream, *, ended: bool = False) -> None:
-        """Tell the placer what the stream asks of its replica now."""
-        if stream.replica is None:
-            return
-        usual = self._placer.lengths.usual(stream.tenant)
-        work = Work() if ended else stream.work(usual)
-        if work != stream.charged:
-            self._placer.loads.charge(stream.replica, stream.charged, work)
-            stream.charged = work
-        if (handle := self._slots[stream.replica]) is not None:
-            self._placer.loads.measured(stream.replica, handle.pace)
-
-    def _place(self, stream: Stream, handle: ReplicaHandle) -> None:
-        """Hand the stream's open samples to a replica, from where they stand."""
-        readmitted = stream.started or stream.accepted_before
-        group = stream.requests()
-        stream.replica = handle.index
-        self._by_name[stream.name] = stream
-        self._charge(stream)
-        handle.replica.add(group, readmitted=readmitted)
 
     def _place_homeless(self) -> None:
         """Find replicas for the streams that have lost theirs, the oldest first.
@@ -297,7 +308,7 @@ class AsyncEngine:
             elif (handle := self._choose(stream)) is not None:
                 del self._homeless[stream]
                 suspect_runs = suspect_runs or _suspect(stream)
-                self._place(stream, handle)
+                self._residents.place(stream, handle)
 
     def _lose(self, handle: ReplicaHandle, error: GroupLost) -> None:
         if self._slots[handle.index] is not handle:
@@ -305,7 +316,7 @@ class AsyncEngine:
         self._slots[handle.index] = None
         handle.left.set()
         self._placer.index.drop(handle.index)
-        self._placer.loads.leave(handle.index)
+        self._residents.leave(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
@@ -344,7 +355,7 @@ class AsyncEngine:
             if not stream.finished:
                 self._abort(stream, None)
             if self._by_name.pop(stream.name, None) is not None:
-                self._charge(stream, ended=True)
+                self._residents.charge(stream, ended=True)
             self._homeless.pop(stream, None)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
@@ -359,7 +370,8 @@ class AsyncEngine:
         """Learn from an event what the next decisions need."""
         if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._placer.lengths.saw(stream.tenant, event.first_index + len(event.tokens))
-        self._charge(stream)
+        self._residents.charge(stream)
+        self._movement.saw_token(stream)
 
     def _take_prefixes(
         self, handle: ReplicaHandle, events: Sequence[TokenEvent], update: PrefixUpdate
@@ -373,7 +385,7 @@ class AsyncEngine:
         stream = Stream(next(self._numbers), [0], params, CANARY_TENANT, time.monotonic(), None)
         # a canary proves this replica: it must not move to another one
         stream.losses = SET_ASIDE_AFTER_LOSSES
-        self._place(stream, handle)
+        self._residents.place(stream, handle)
         tokens = 0
         async for events in self._follow(stream):
             tokens += sum(len(event.tokens) for event in events)

@@ -73,6 +73,11 @@ class ReplicaHandle:
         return self.replica.stats().blocks_total * self.naming.block_size
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes that a token takes in the KV pools of all its ranks."""
+        return sum(rank.report.kv_bytes for rank in self._ranks) / max(self.room, 1)
+
+    @property
     def pace(self) -> Pace:
         """How fast it is, as far as was measured."""
         return self._meter.pace if self._meter else Pace()

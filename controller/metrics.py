@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from .movement.mover import Move
 from .observing import StepTimes
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -33,6 +34,11 @@ OUTCOMES = (
     "error",
 )
 QUOTAS = ("max_requests", "max_queued", "tokens_per_minute")
+MOVE_OUTCOMES = tuple(
+    f"{reason}_{outcome}"
+    for reason in ("drain", "decode", "rebalance", "prefix")
+    for outcome in ("moved", "failed")
+)
 PHASES = ("schedule", "execute", "update", "overhead")
 
 
@@ -91,6 +97,10 @@ TABLE = (
     Row("groups_lost", Counter, "Groups of ranks that died, hung or did not start"),
     Row("ranks_missing", Gauge, "Ranks that replicas have fewer than they should"),
     Row("spares", Gauge, "Groups of ranks that stand by"),
+    Row("moves", Counter, "Hand-overs between replicas that were tried, by outcome", "outcome"),
+    Row("move_bytes", Counter, "Bytes of KV blocks that went from replica to replica"),
+    Row("move_seconds", Histogram, "From the begin of a hand-over to its end"),
+    Row("move_gap_seconds", Histogram, "In which a stream stood still while it was handed over"),
     Row("preemptions", Counter, "Requests sent back to wait for want of KV blocks", "replica"),
 )
 
@@ -132,6 +142,7 @@ class Metrics:
         self._ended = {name: everything["requests"].labels(name) for name in OUTCOMES}
         for name in QUOTAS:
             everything["quota_refusals"].labels(name)
+        self._moves = {name: everything["moves"].labels(name) for name in MOVE_OUTCOMES}
         self._open = everything["requests_open"]
         self._prompt_tokens = everything["prompt_tokens"]
         self._completion_tokens = everything["completion_tokens"]
@@ -168,6 +179,14 @@ class Metrics:
         """How many ranks replicas lack, and how many groups stand by."""
         self._all["ranks_missing"].set(missing)
         self._all["spares"].set(spares)
+
+    def on_move(self, move: Move) -> None:
+        """A hand-over was tried."""
+        self._moves[f"{move.reason}_{move.outcome}"].inc()
+        self._all["move_bytes"].inc(move.num_bytes)
+        self._all["move_seconds"].observe(move.seconds)
+        if move.gap_s and move.outcome == "moved":
+            self._all["move_gap_seconds"].observe(move.gap_s)
 
     def on_start(self, method: str) -> None:
         """A request of RPC `method` ("Generate", "Chat") came in."""

@@ -13,6 +13,7 @@ from phalanx.protos.errors import InvalidArgument, ResourceExhausted
 from phalanx.protos.sampling import SamplingParams
 
 from .cluster.snapshot import ClusterSnapshot
+from .movement.movement import KeptMove
 from .routing.placer import Placement
 from .scheduling.request import TokenEvent
 from .server.engine import Engine
@@ -114,6 +115,10 @@ class MeteredEngine:
     def snapshot(self) -> ClusterSnapshot:
         """See `Engine.snapshot`."""
         return self._inner.snapshot()
+
+    def moves(self) -> Sequence[KeptMove]:
+        """See `Engine.moves`."""
+        return self._inner.moves()
 
     def placements(self) -> Sequence[Placement]:
         """See `Engine.placements`."""

@@ -19,11 +19,14 @@ from phalanx.protos.errors import GroupLost, PhalanxError
 
 from .cluster.fleet import Fleet
 from .kvcache.changes import PrefixUpdate
+from .movement.transfers import Transfers
 from .observing import Observer, Silent, StepTimes
 from .scheduling.request import FinishReason, Request, TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerStats
 
 IDLE_WAIT_S = 0.5
+ARRIVAL_WAIT_S = 0.002
+"""Between two looks at ranks that are idle but for the blocks that they take in."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ class Replica:
         self._prefix_sink = prefix_sink
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._in_flight: deque[_InFlight] = deque()
+        self.transfers = Transfers(scheduler, fleet, self._commands.put)
+        """Its side of hand-overs to and from other replicas."""
         self._last_result: float | None = None
         self._stopping = threading.Event()
         self._lost: GroupLost | None = None
@@ -153,9 +158,11 @@ class Replica:
         if self._in_flight:
             events += self._receive()
         elif self._scheduler.has_work:
+            self._fleet.check()
             events += self._take_commands(wait=True)
         self._stats = self._scheduler.stats()
         self._hand_over(events)
+        self.transfers.settle()
 
     def _hand_over(self, events: list[TokenEvent]) -> None:
         update = None if self._prefix_sink is None else self._scheduler.drain_prefix_changes()
@@ -166,9 +173,10 @@ class Replica:
 
     def _take_commands(self, *, wait: bool) -> list[TokenEvent]:
         events: list[TokenEvent] = []
+        patience = ARRIVAL_WAIT_S if self.transfers.waits else IDLE_WAIT_S
         try:
             while True:
-                command = self._commands.get(block=wait, timeout=IDLE_WAIT_S)
+                command = self._commands.get(block=wait, timeout=patience)
                 wait = False
                 events += command()
         except queue.Empty:
@@ -212,5 +220,6 @@ class Replica:
 
     def _end(self, error: GroupLost) -> None:
         self._lost = error
+        self.transfers.end()
         self._on_lost(error)
         self._fleet.stop(at_once=not self._stopping.is_set())

@@ -50,6 +50,8 @@ class Stream:
         self.samples = len(self._outputs)
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
+        self.handed_over = False
+        """Whether a hand-over to a decode replica was begun."""
         self.losses = 0
         """Groups of ranks that died while they computed it, since it was last seen to be harmless."""
         self._since_placed = 0
@@ -79,6 +81,11 @@ class Stream:
     def open_samples(self) -> int:
         """Samples that have not had their last event."""
         return len(self._outputs)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether every open sample has a token."""
+        return all(self._outputs.values())
 
     @property
     def known_tokens(self) -> int:
@@ -111,6 +118,7 @@ class Stream:
     def requests(self) -> list[Request]:
         """The open samples, from where they stand, as a new attempt."""
         self._attempt += 1
+        self.handed_over = False
         self._since_placed = 0
         return [
             Request(

@@ -121,6 +121,19 @@ class ModelError(PhalanxError):
     status = "FAILED_PRECONDITION"
 
 
+class TransferFailed(PhalanxError):
+    """KV blocks did not get from one replica to another; whoever needs them computes them.
+
+    later: the same may succeed after a while, when there is room.
+    """
+
+    status = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, later: bool = False) -> None:
+        super().__init__(message)
+        self.later = later
+
+
 class GroupLost(PhalanxError):
     """A rank of the group died, hung or disagreed: the whole group is gone."""
 

@@ -38,3 +38,5 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     """"shm" or "gloo"."""
     threads: int
     timeout_s: float
+    exchange_host: str | None = None
+    """Where the rank hands out KV blocks to other replicas' ranks; None: it does not."""

@@ -348,3 +348,5 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     tensors_ignored: list[str]
     kernels: str
     state_bytes: int = 0
+    exchange: tuple[str, int] | None = None
+    """Where the rank hands out KV blocks to other replicas' ranks."""

@@ -13,6 +13,7 @@ import msgspec
 from .errors import GroupLost
 from .specs import LoadReport, WorkerSpec
 from .steps import StepPlan, StepResult
+from .transfers import Offer, Take, Taken, Withdraw
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 BEAT_S = 0.5
@@ -55,8 +56,8 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """End in good order."""
 
 
-FromRank = Hello | Progress | Failed | Beat | LoadReport | StepResult
-ToRank = Start | StepPlan | Stop
+FromRank = Hello | Progress | Failed | Beat | LoadReport | StepResult | Taken
+ToRank = Start | StepPlan | Stop | Offer | Withdraw | Take
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)

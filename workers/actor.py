@@ -56,6 +56,8 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     """CPU threads of each rank."""
     timeout_s: float
+    exchange_host: str | None = None
+    """Where this rank hands out KV blocks to other replicas' ranks; None: it does not."""
 
 
 class RankActor:
@@ -116,7 +118,13 @@ class RankActor:
             return build_engine(spec, self._rank, rendezvous, self._listener)
 
         try:
-            serve_rank(address, hello, build, _end)  # type: ignore[arg-type]
+            serve_rank(
+                address,
+                hello,
+                build,  # type: ignore[arg-type]
+                _end,
+                rendezvous.exchange_host,
+            )
         finally:
             # nothing more will be asked of this process; usually Ray has ended it by then
             timer = threading.Timer(LINGER_S, _end)

@@ -14,7 +14,7 @@ from phalanx.kernels.float8 import FLOAT8
 from phalanx.kernels.fused import PoolArranger
 from phalanx.kernels.int8 import pool_width
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.shards import Stage, StateCut, convolved_channels
+from phalanx.protos.shards import Span, Stage, StateCut, convolved_channels
 from phalanx.protos.specs import CacheSpec, DecoderSpec, StateSpec
 from phalanx.protos.steps import BlockCopy
 
@@ -97,6 +97,29 @@ class PagedCache:
         """Copy whole blocks, in order, in every layer."""
         for copy in copies:
             self._pool[:, :, :, copy.target] = self._pool[:, :, :, copy.source]
+
+    @property
+    def layout(self) -> str:
+        """How a head's block lies in memory; bytes go only where it is the same."""
+        first = self.layers[0] if self.layers else LayerCache(self._pool, self._pool)
+        shapes = [f"{pool.dtype}{[*pool.shape[2:]]}{[*pool.stride()[2:]]}" for pool in first[:2]]
+        return "/".join(shapes)
+
+    def piece_bytes(self, layers: int, heads: int) -> int:
+        """Bytes of so many layers and key/value heads of a block."""
+        _, _, _, _, size, width = self._pool.shape
+        return layers * 2 * heads * size * width * self._pool.element_size()
+
+    def read_piece(self, block: int, layers: Span, heads: Span) -> memoryview:
+        """A copy of some layers and heads of a block, as they are counted here, in host memory."""
+        part = self._pool[slice(*layers), :, slice(*heads), block]
+        whole = part.clone(memory_format=torch.contiguous_format).cpu()
+        return whole.flatten().view(torch.uint8).numpy().data
+
+    def write_piece(self, block: int, layers: Span, heads: Span, data: bytearray) -> None:
+        """Fill some layers and heads of a block with what `read_piece` gave."""
+        part = self._pool[slice(*layers), :, slice(*heads), block]
+        part.copy_(torch.frombuffer(data, dtype=self._pool.dtype).view(part.shape))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from .batch import UNKNOWN, Batch, BatchBuilder, SequenceState
 from .cache import PagedCache, StatePool, layer_caches, pool_arrangement
 from .checks import check_ids
 from .decoder import Decoder
+from .exchange import BlockExchange
 from .graphs.device import Recorder
 from .graphs.steps import Chosen, Model, StepGraphs, Tail, ending
 from .layers.rope import RotaryTable
@@ -62,8 +63,7 @@ class Engine:
     ) -> None:
         """kernels: for the load report, which backend this is and why; its name by default.
         group: the ranks of this one's stage. pipeline: the stages; one, by default.
-        A recorder is used where the model and the backend can be recorded. weights: those of
-        the spec's checkpoint by default."""
+        A recorder is used where model and backend can be recorded. weights: the checkpoint's."""
         self._spec, self._group, self._backend = spec, group, backend
         self._pipeline = pipeline = pipeline or SingleStage()
         self._kernels = kernels or backend.name
@@ -138,6 +138,12 @@ class Engine:
             kernels=kernels,
             state_bytes=0 if self._states is None else self._states.num_bytes,
         )
+
+    def open_exchange(self, rank: int, secret: bytes, host: str) -> BlockExchange | None:
+        """Where ranks of other replicas get blocks of this one; None with state spaces."""
+        if self._states is not None:
+            return None
+        return BlockExchange(self._spec, rank, self._cache, secret, host)
 
     @torch.inference_mode()
     def _prepare(self) -> None:

@@ -54,7 +54,8 @@ def _serve(invitation: Invitation, listener: socket.socket) -> None:
         return build_engine(spec, invitation.rank, invitation, own)
 
     hello = Hello(invitation.rank, invitation.epoch, invitation.secret)
-    serve_rank(invitation.step_loop, hello, build)  # type: ignore[arg-type]
+    host = invitation.exchange_host
+    serve_rank(invitation.step_loop, hello, build, exchange_host=host)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

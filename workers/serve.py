@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -9,9 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from phalanx.protos.errors import GroupLost, PhalanxError
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
+from phalanx.protos.transfers import Offer, Take, Withdraw
 from phalanx.protos.wire import (
     BEAT_S,
     Beat,
@@ -26,6 +30,7 @@ from phalanx.protos.wire import (
 )
 
 from .engine import Engine
+from .exchange import BlockExchange
 from .pending import PendingStep
 
 PROGRESS_MESSAGES = 100
@@ -76,18 +81,20 @@ def serve_rank(
     hello: Hello,
     build: Callable[[WorkerSpec], Engine],
     on_orphaned: Callable[[], None] = lambda: None,
+    exchange_host: str | None = None,
 ) -> None:
     """Connect to the step loop at `address` and serve it until it says `Stop`.
 
     `build` makes the engine from its spec (group, threads and kernels are its business). An
     error is told to the step loop before it is raised here. on_orphaned: see `Voice`.
+    exchange_host: address at which ranks of other replicas get KV blocks; None: they do not.
     """
     with socket.create_connection(address) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         voice = Voice(connection, on_orphaned)
         try:
             voice.say(hello)
-            _serve(connection, voice, hello.rank, build)
+            _serve(connection, voice, hello, build, exchange_host)
         except PhalanxError as error:
             _tell(voice, type(error).__name__, str(error))
             raise
@@ -106,7 +113,11 @@ def _tell(voice: Voice, kind: str, message: str) -> None:
 
 
 def _serve(
-    connection: socket.socket, voice: Voice, rank: int, build: Callable[[WorkerSpec], Engine]
+    connection: socket.socket,
+    voice: Voice,
+    hello: Hello,
+    build: Callable[[WorkerSpec], Engine],
+    exchange_host: str | None,
 ) -> None:
     start = read_to_rank(connection)
     if isinstance(start, Stop):
@@ -122,14 +133,26 @@ def _serve(
             told = done * PROGRESS_MESSAGES // max(total, 1) + 1
             voice.say(Progress(done, total))
 
-    voice.say(engine.load(progress))
-    voice.beat()
-    answers = rank == start.spec.answering_rank
-    _execute(connection, engine, voice.say if answers else lambda result: None)
+    report = engine.load(progress)
+    with contextlib.ExitStack() as stack:
+        exchange = None
+        if exchange_host is not None:
+            exchange = engine.open_exchange(hello.rank, hello.secret, exchange_host)
+        if exchange is not None:
+            stack.callback(exchange.close)
+            report = msgspec.structs.replace(report, exchange=exchange.address)
+        voice.say(report)
+        voice.beat()
+        answers = hello.rank == start.spec.answering_rank
+        answer = voice.say if answers else lambda result: None
+        _execute(connection, engine, answer, lambda message: _exchange(exchange, voice, message))
 
 
 def _execute(
-    connection: socket.socket, engine: Engine, answer: Callable[[StepResult], None]
+    connection: socket.socket,
+    engine: Engine,
+    answer: Callable[[StepResult], None],
+    exchange: Callable[[Offer | Withdraw | Take], None],
 ) -> None:
     """Plans until `Stop`. Where the device works on by itself, the next plan is queued before the
     result of the last one is read; what a step computes does not depend on that."""
@@ -138,11 +161,28 @@ def _execute(
         while pending and not (len(pending) == 1 and _plan_comes_first(connection, pending[0])):
             answer(pending.popleft().result())
         message = read_to_rank(connection)
-        if not isinstance(message, StepPlan):
+        if isinstance(message, Offer | Withdraw | Take):
+            exchange(message)
+        elif isinstance(message, StepPlan):
+            pending.append(engine.launch(message))
+        else:
             break
-        pending.append(engine.launch(message))
     if not isinstance(message, Stop):
         raise GroupLost(f"{type(message).__name__} came instead of a plan")
+
+
+def _exchange(
+    exchange: BlockExchange | None, voice: Voice, message: Offer | Withdraw | Take
+) -> None:
+    """What is said between plans about blocks of this and other replicas."""
+    if exchange is None:
+        raise GroupLost(f"{type(message).__name__} came to a rank that exchanges no blocks")
+    if isinstance(message, Offer):
+        exchange.offer(message)
+    elif isinstance(message, Withdraw):
+        exchange.withdraw(message)
+    else:
+        exchange.take(message, voice.say)
 
 
 def _plan_comes_first(connection: socket.socket, step: PendingStep) -> bool:

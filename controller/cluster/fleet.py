@@ -9,6 +9,7 @@ from typing import Protocol
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
+from phalanx.protos.transfers import Exchange, Offer, Take, Taken, Withdraw
 
 Progress = Callable[[int, int, int], None]
 """Called with (rank, weight elements loaded, elements in all)."""
@@ -50,6 +51,16 @@ class Fleet(Protocol):
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone, without waiting; for idle times."""
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Where its ranks hand out KV blocks; None where they do not, or before `start`."""
+
+    def tell(self, message: Offer | Withdraw | Take) -> None:
+        """Say something of blocks to every rank, behind the plans sent before."""
+
+    def drain_taken(self) -> list[tuple[int, Taken]]:
+        """What ranks have said of transfers, as `receive` and `check` have heard it."""
 
     def stop(self, *, at_once: bool = False) -> None:
         """End every rank and free what it holds; may be called at any time, more than once.

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from phalanx.protos.errors import ConfigError, GroupLost, ModelError, PhalanxError
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
+from phalanx.protos.transfers import Exchange, Offer, Take, Taken, Withdraw, exchange_key
 from phalanx.protos.wire import (
     Beat,
     Failed,
@@ -64,6 +65,8 @@ class RankLinks:
             raise GroupLost(f"{host} cannot be bound for the ranks: {error.strerror}") from None
         self._ranks: list[socket.socket | None] = [None] * size
         self._selector = selectors.DefaultSelector()
+        self._taken: list[tuple[int, Taken]] = []
+        self._exchange: Exchange | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -127,7 +130,26 @@ class RankLinks:
                 raise GroupLost(f"rank {rank} sent {type(message).__name__} while loading")
         self._heard = dict.fromkeys(reports, time.monotonic())
         self._loaded = True
+        addresses = [reports[rank].exchange for rank in range(self._size)]
+        known = [address for address in addresses if address is not None]
+        if len(known) == self._size:
+            key = exchange_key(self.secret)
+            self._exchange = Exchange(spec.epoch, key, spec.tp_size, spec.pp_size, known)
         return [reports[rank] for rank in range(self._size)]
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Where the ranks hand out blocks, if they do."""
+        return self._exchange
+
+    def tell(self, message: Offer | Withdraw | Take) -> None:
+        """Say something of blocks to every rank, behind the plans sent before."""
+        self._broadcast(encode(message))
+
+    def drain_taken(self) -> list[tuple[int, Taken]]:
+        """What ranks have said of transfers since the last call."""
+        taken, self._taken = self._taken, []
+        return taken
 
     def send(self, plan: StepPlan) -> None:
         """Send a plan to every rank."""
@@ -144,7 +166,9 @@ class RankLinks:
         """Between steps ranks have nothing to say but that they live. Does not wait."""
         while ready := self._selector.select(0):
             rank, message = self._read(ready)
-            if not isinstance(message, Beat):
+            if isinstance(message, Taken):
+                self._taken.append((rank, message))
+            elif not isinstance(message, Beat):
                 raise GroupLost(f"rank {rank} sent {type(message).__name__} unasked")
         self._check_silence()
 
@@ -165,7 +189,9 @@ class RankLinks:
             ready = self._selector.select(max(min(left, LISTEN_S), 0))
             if ready:
                 rank, message = self._read(ready)
-                if not isinstance(message, Beat):
+                if isinstance(message, Taken):
+                    self._taken.append((rank, message))
+                elif not isinstance(message, Beat):
                     return rank, message
                 continue
             # only now: what has been said waits to be read even if we were the ones who slept
@@ -173,7 +199,9 @@ class RankLinks:
             if left <= 0:
                 raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
 
-    def _read(self, ready: list[tuple[selectors.SelectorKey, int]]) -> tuple[int, _Message | Beat]:
+    def _read(
+        self, ready: list[tuple[selectors.SelectorKey, int]]
+    ) -> tuple[int, _Message | Beat | Taken]:
         """One message of one of the sockets that can be read."""
         # a closed or complaining rank goes before a result, so look at the others first
         key = min(ready, key=lambda item: int(item[0].data) == self._answering)[0]

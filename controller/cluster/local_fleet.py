@@ -14,6 +14,7 @@ from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import Hello
 
+from .exchanging import ExchangingFleet
 from .fleet import Progress, RankFacts
 from .link import RankLinks
 
@@ -21,7 +22,7 @@ RankMain = Callable[[tuple[str, int], Hello], None]
 """What a rank's thread runs: address of the step loop, and how to greet it."""
 
 
-class LocalFleet:
+class LocalFleet(ExchangingFleet):
     """`Fleet` whose rank r is a thread that runs `mains[r]`."""
 
     def __init__(self, mains: list[RankMain], start_timeout_s: float = 60.0) -> None:

@@ -15,6 +15,7 @@ from phalanx.protos.places import Invitation, Place
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 
+from .exchanging import ExchangingFleet
 from .fleet import Progress, RankFacts
 from .link import RankLinks
 
@@ -23,7 +24,7 @@ LOOPBACK = "127.0.0.1"
 END_S = 2.0
 
 
-class ProcessFleet:
+class ProcessFleet(ExchangingFleet):
     """`Fleet` with one child process per rank, on CPUs: `reserve`, then `start`."""
 
     def __init__(
@@ -35,11 +36,14 @@ class ProcessFleet:
         start_timeout_s: float,
         step_timeout_s: float,
         silence_timeout_s: float,
+        exchange: bool = False,
     ) -> None:
-        """threads: CPU threads of a rank; None divides the cores by the ranks."""
+        """threads: CPU threads of a rank; None divides the cores by the ranks. exchange: ranks
+        hand out KV blocks to those of other replicas."""
         self._tp_size, self._collectives, self._threads = tp_size, collectives, threads
         self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
         self._silence_timeout_s = silence_timeout_s
+        self._exchange_host = LOOPBACK if exchange else None
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._places: list[Place] = []
         self._links: RankLinks | None = None
@@ -87,6 +91,7 @@ class ProcessFleet:
                 collectives=self._resolve_collectives(),
                 threads=self._threads or max(place.cpu_count // self._tp_size, 1),
                 timeout_s=self._step_timeout_s,
+                exchange_host=self._exchange_host,
             )
             # a rank that has ended is found by `_check_alive`
             with contextlib.suppress(BrokenPipeError):

@@ -23,6 +23,7 @@ from phalanx.protos.wire import Hello
 from phalanx.workers.actor import NodeFacts, RankActor, Rendezvous
 
 from .deaths import oom_kills, starved
+from .exchanging import ExchangingFleet
 from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
 
@@ -107,7 +108,7 @@ class RayCluster:
         ray.shutdown()
 
 
-class RayFleet:
+class RayFleet(ExchangingFleet):
     """`Fleet` with one actor per rank in a placement group: `reserve`, then `start`.
 
     Of several stages, each is one place of the group, so that its ranks share a node.
@@ -203,7 +204,7 @@ class RayFleet:
             self._num_ranks, spec.epoch, host, silence_timeout_s=self._silence_timeout_s
         )
         store_host = LOOPBACK if local else self._nodes[0].address
-        port = 0
+        port, alone = 0, len(ray.nodes()) == 1  # only others' ranks need more than the loopback
         if self._num_ranks > 1:
             [port] = self._call([self._actors[0].open_store.remote(store_host)])
         for rank, (actor, node) in enumerate(zip(self._actors, self._nodes, strict=True)):
@@ -213,6 +214,7 @@ class RayFleet:
                 collectives=self._resolve_collectives(),
                 threads=self._threads or self._share_of_cores(node),
                 timeout_s=self._step_timeout_s,
+                exchange_host=LOOPBACK if alone else node.address,
             )
             hello = Hello(rank, spec.epoch, links.secret)
             self._runs.append(actor.run.remote(links.address, hello, rendezvous))

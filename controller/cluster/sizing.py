@@ -163,5 +163,5 @@ def _memory_per_rank(
         return [int(node.memory_available * GPU_PART) for node in nodes]
     ranks = Counter(node.address for node in nodes)
     # replicas that are not yet loaded want their part of the same memory
-    shares = {address: count * config.replicas for address, count in ranks.items()}
+    shares = {address: count * config.num_replicas for address, count in ranks.items()}
     return [int(node.memory_available * CPU_PART) // shares[node.address] for node in nodes]

@@ -17,7 +17,8 @@ def explain(
     request_id: Annotated[str, typer.Argument(help="Of one of your latest requests.")],
     connection: Connection,
 ) -> None:
-    """Show which replicas were compared for a request, and what each would have cost.
+    """Show which replicas were compared for a request, what each would have cost, and where it
+    moved while it ran.
 
     [bold]phalanx explain my-request-1[/bold]
 
@@ -29,14 +30,27 @@ def explain(
     from phalanx.controller.client import Client
 
     with Client(**connection.arguments()) as client:
-        placements = client.explain(request_id).placements
+        answer = client.explain(request_id)
     console = Console(highlight=False)
-    for placement in placements:
+    for placement in answer.placements:
         console.print(
             f"[bold]{placement.replica_id}[/] of {placement.candidates} replicas, "
             f"for {placement.tokens} tokens"
         )
         console.print(estimate_table(placement))
+    for move in answer.moves:
+        console.print(move_line(move))
+
+
+def move_line(move: Any) -> str:
+    """A hand-over in words."""
+    way = f"{move.reason}: from {move.source_id} to [bold]{move.target_id}[/]"
+    if not move.moved:
+        return f"{way} failed after {1e3 * move.seconds:.0f} ms: {move.error}"
+    return (
+        f"{way} with {move.bytes / 2**20:.1f} MiB of KV blocks in {1e3 * move.seconds:.0f} ms, "
+        f"of which it stood still {1e3 * move.gap_s:.0f} ms"
+    )
 
 
 def estimate_table(placement: Any) -> Table:

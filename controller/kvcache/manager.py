@@ -12,7 +12,7 @@ what makes two things safe:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -259,6 +259,15 @@ class KVCacheManager:
             self._states.open(seq, parent)
         copy = BlockCopy(source[full], added[0]) if partial else None
         return Fork(list(self._tables[seq].blocks), copy)
+
+    def hold(self, name: int, blocks: Iterable[int]) -> None:
+        """Open a table, of no sequence, that refers once more to blocks which are in use or idle;
+        `release` ends it. name: negative, lest it be an attempt's."""
+        self._refuse_second_table(name)
+        held = list(blocks)
+        for block in held:
+            self._share(block)
+        self._tables[name] = _Table(held, None, len(held))
 
     def commit(self, seq: int, num_computed: int) -> None:
         """Offer the full blocks among the first `num_computed` tokens to the prefix index.

@@ -53,6 +53,10 @@ class Loads:
         """The replica that takes requests, where there is one only."""
         return next(index for index, row in enumerate(self._rows) if row is not None)
 
+    def has(self, index: int) -> bool:
+        """Whether this replica takes requests."""
+        return index < len(self._rows) and self._rows[index] is not None
+
     def join(self, index: int, places: int | None = None, room: int | None = None) -> None:
         """A replica takes requests from now on; it has nothing to do yet. See `Candidate`."""
         while len(self._rows) <= index:

@@ -55,6 +55,15 @@ class StepPlanner:
         self.prefix_queried = 0
         self.prefix_hit = 0
         self._next_seq = 0
+        self.arrived: set[int] = set()
+        """Running attempts that the ranks have not been told of: their blocks came from another
+        replica."""
+        self.reserved: set[int] = set()
+        """Attempts whose blocks are still to come, and which have a place."""
+        self.copied: set[int] = set()
+        """Tables of prefixes that are still to come."""
+        self.held: set[int] = set()
+        """Tables of transfers to other replicas."""
 
     def plan(self, now: float) -> PlanDraft:
         """The work of the next step; its rows are empty when there is none."""
@@ -87,12 +96,34 @@ class StepPlanner:
         self._places.ended(sample.request.tenant)
         self._cache.commit(sample.seq, sample.num_computed)
         self._cache.release(sample.seq)
-        self.dismissed.append(sample.seq)
+        if sample.seq in self.arrived:
+            self.arrived.discard(sample.seq)
+        else:
+            self.dismissed.append(sample.seq)
+
+    def take_seq(self) -> int:
+        """A new attempt's id."""
+        self._next_seq += 1
+        return self._next_seq - 1
+
+    def has_places(self, count: int) -> bool:
+        """Whether so many more samples may run."""
+        return len(self.running) + len(self.reserved) + count <= self._config.max_running
+
+    def adopt(self, sample: Sample) -> None:
+        """Let a sample run whose attempt has its blocks already."""
+        sample.state, sample.was_admitted = State.RUNNING, True
+        self.running[sample.seq] = sample
+        self._places.running[sample.request.tenant] += 1
+        self.arrived.add(sample.seq)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless tables and running samples agree."""
-        require(self._cache.sequences == self.running.keys(), "tables of samples that do not run")
-        require(len(self.running) <= self._config.max_running, "too many samples run")
+        coming = self.held | self.reserved | self.copied
+        tables = self.running.keys() | coming
+        require(self._cache.sequences == tables, "tables of samples that do not run")
+        require(self.has_places(0), "too many samples run")
+        require(self.arrived <= self.running.keys(), "a sample that arrived does not run")
         for seq, sample in self.running.items():
             require(sample.seq == seq, f"attempt {seq} is filed wrongly")
             room = len(self._cache.table(seq)) * self._cache.block_size
@@ -110,14 +141,23 @@ class StepPlanner:
             if sample.remaining > 1:
                 chunks.append(sample)
             elif (blocks := self._grow(sample)) is not None:
-                self._add(draft, sample, blocks)
+                self._add(draft, sample, self._introduce(draft, sample) or blocks)
         return chunks
 
     def _continue_chunks(self, draft: PlanDraft, chunks: Iterable[Sample]) -> None:
         for sample in chunks:
             has_row = sample.seq in draft.samples
             if draft.budget and sample.state is State.RUNNING and not has_row:
-                self._add(draft, sample, [])  # room for all known tokens came with the admission
+                # room for all known tokens came with the admission
+                self._add(draft, sample, self._introduce(draft, sample))
+
+    def _introduce(self, draft: PlanDraft, sample: Sample) -> list[int]:
+        """Tell the ranks of a sample that has arrived; all its blocks, none of any other."""
+        if sample.seq not in self.arrived:
+            return []
+        self.arrived.discard(sample.seq)
+        draft.new.append(sample.new_sequence())
+        return list(self._cache.table(sample.seq))
 
     def _favour(self, draft: PlanDraft, chunks: Sequence[Sample], now: float) -> None:
         """Prompts of tenants below their share come first, with `FAVOURED` of the budget."""
@@ -151,7 +191,8 @@ class StepPlanner:
         return blocks
 
     def _may_preempt(self, sample: Sample) -> bool:
-        return sample.preemptions < self._config.max_preemptions
+        free = sample.state is not State.LEAVING
+        return free and sample.preemptions < self._config.max_preemptions
 
     def _preempt(self, sample: Sample) -> None:
         self.dismiss(sample)
@@ -173,7 +214,7 @@ class StepPlanner:
 
     def _admit(self, draft: PlanDraft, now: float, *, favoured: bool = False) -> None:
         """Begin with those that wait; favoured: with those of tenants below their share only."""
-        while draft.budget and self.waiting and len(self.running) < self._config.max_running:
+        while draft.budget and self.waiting and self.has_places(1):
             sample = self._next(favoured=favoured)
             # a preempted sample's last tokens must be here before it can be described in full
             if sample is None or sample.pending or not self._open_table(sample, draft):
@@ -192,7 +233,10 @@ class StepPlanner:
 
     def _next(self, *, favoured: bool) -> Sample | None:
         """Whose turn it is, of those that may take a place."""
-        places, free = self._places, self._config.max_running - len(self.running)
+        places, free = (
+            self._places,
+            self._config.max_running - len(self.running) - len(self.reserved),
+        )
 
         def may(tenant: str) -> bool:
             return places.below_share(tenant) if favoured else places.may_take(tenant, free)
@@ -208,18 +252,17 @@ class StepPlanner:
             sample.chain = self._cache.chain(sample.request.tenant, tokens)
         most = sample.limit - 1  # the last token is never computed
         room = min(sample.length + 1, most) if self._may_preempt(sample) else most
-        reserve = self._reserve()
+        reserve = self.growth()
         leader = None if sample.fork_of is None else self.running.get(sample.fork_of)
         if leader is not None and self._cache.can_fork(leader.seq):
             opened = self._fork(leader, sample, room, reserve, draft.copies)
         else:
             opened = self._match(sample, room, reserve)
         if opened:
-            sample.seq = self._next_seq
-            self._next_seq += 1
+            sample.seq = self.take_seq()
         return opened
 
-    def _reserve(self) -> int:
+    def growth(self) -> int:
         """Blocks that an admission leaves free, lest it soon cost somebody his place."""
         growth = self._config.reserve_tokens
         return sum(

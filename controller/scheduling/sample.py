@@ -22,6 +22,8 @@ class State(Enum):
     """Another sample of its request, the leader, is computing their prompt."""
     RUNNING = "running"
     """Holds KV blocks, and the ranks know it as `seq`."""
+    LEAVING = "leaving"
+    """As running, but it gets no rows: it is about to go on at another replica."""
     ENDED = "ended"
 
 

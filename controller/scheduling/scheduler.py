@@ -20,7 +20,7 @@ of what came before, so they are the tokens that a second computation would give
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from phalanx.controller.kvcache.blocks import require
@@ -34,8 +34,11 @@ from phalanx.protos.errors import (
 )
 from phalanx.protos.steps import StepPlan, StepResult
 
+from .arrivals import Arrivals
 from .checks import check_group
 from .config import SchedulerConfig
+from .departures import Departures
+from .outline import Standing
 from .plan import InFlight
 from .planner import StepPlanner
 from .queue import DeadlineHeap
@@ -82,6 +85,8 @@ class Scheduler:
         """Samples that live."""
         self._deadlines = DeadlineHeap()
         self._in_flight: deque[InFlight] = deque()
+        self.departures = Departures(cache, self._planner, self._requests)
+        self.arrivals = Arrivals(cache, self._planner, self.max_context)
         self._next_order = 0
         self._next_step = 0
         self.foreign_results = 0
@@ -133,6 +138,28 @@ class Scheduler:
         leader, *followers = samples
         _follow(leader, followers)
         self._planner.enqueue(leader)
+
+    def adopt(
+        self, transfer: int, group: Sequence[Request], standings: Mapping[int, Standing]
+    ) -> None:
+        """Let all samples of a request run on from the blocks that came with a transfer.
+
+        Raises `TransferFailed`, changing nothing, when those are not what the samples need.
+        """
+        request_id = group[0].request_id
+        if request_id in self._requests:
+            raise AlreadyExists(f"request_id: {request_id!r} is taken by a live request")
+        claims = self.arrivals.claim(transfer, group, standings)
+        samples = {request.sample_index: self._sample(request) for request in group}
+        self._requests[request_id] = samples
+        self._num_samples += len(samples)
+        self._of_tenant[group[0].tenant] += len(samples)
+        for index, sample in samples.items():
+            sample.seq, sample.num_computed, sample.chain = claims[index]
+            if sample.chain is not None:
+                known = sample.request.prompt_token_ids + sample.request.output_token_ids
+                sample.chain.feed(known[sample.chain.num_tokens :])
+            self._planner.adopt(sample)
 
     def abort(
         self,
@@ -228,7 +255,8 @@ class Scheduler:
         by_state = {state: [s for s in samples if s.state is state] for state in State}
         require(not by_state[State.ENDED], "an ended sample is kept")
         running = self._planner.running.values()
-        require(set(by_state[State.RUNNING]) == set(running), "running samples disagree")
+        held = {*by_state[State.RUNNING], *by_state[State.LEAVING]}
+        require(held == set(running), "running samples disagree")
         waiting = list(self._planner.waiting)
         require(set(by_state[State.WAITING]) == set(waiting), "waiting samples disagree")
         following = [follower for sample in samples for follower in sample.followers]
@@ -298,7 +326,7 @@ class Scheduler:
         waiting, heirs = self._planner.waiting, sample.followers
         if sample.state is State.FOLLOWING and sample.leader is not None:
             sample.leader.followers.remove(sample)
-        elif sample.state is State.RUNNING:
+        elif sample.state in (State.RUNNING, State.LEAVING):
             self._planner.dismiss(sample)
             if heirs:
                 waiting.push_front(_lead(heirs))

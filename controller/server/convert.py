@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot, RankSnapshot, ReplicaSnapshot
+from phalanx.controller.movement.mover import Move
 from phalanx.controller.routing.router import Decision
 from phalanx.protos.errors import FieldViolation, InvalidArgument
 from phalanx.protos.limits import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
@@ -177,6 +178,20 @@ def placement(decision: Decision) -> serving_pb2.Placement:
             )
             for item in decision.estimates
         ],
+    )
+
+
+def move_message(move: Move) -> serving_pb2.Move:
+    """A hand-over as a message."""
+    return serving_pb2.Move(
+        reason=move.reason,
+        source_id=f"replica-{move.source}",
+        target_id=f"replica-{move.target}",
+        moved=move.outcome == "moved",
+        bytes=move.num_bytes,
+        seconds=move.seconds,
+        gap_s=move.gap_s,
+        error=move.error,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot
+from phalanx.controller.movement.movement import KeptMove
 from phalanx.controller.routing.placer import Placement
 from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.protos.sampling import SamplingParams
@@ -48,6 +49,9 @@ class Engine(Protocol):
 
     def placements(self) -> Sequence[Placement]:
         """Where the latest requests went and why, the oldest first."""
+
+    def moves(self) -> Sequence[KeptMove]:
+        """The latest hand-overs of requests between replicas, the oldest first."""
 
 
 class Observer(Protocol):

@@ -26,7 +26,7 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 from .admission import Admission, Admitted
 from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .books import Call, Reader
-from .convert import cluster_state, placement, unknown_fields
+from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
 from .security import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
@@ -315,9 +315,14 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             for item in self._engine.placements()
             if (item.tenant, item.request_id) == (tenant, request_id)
         ]
-        if not found:
+        moves = [
+            move_message(item.move)
+            for item in self._engine.moves()
+            if (item.tenant, item.request_id) == (tenant, request_id)
+        ]
+        if not found and not moves:
             raise NotFound(f"request_id {request_id!r}: no decision of yours is kept under this id")
-        return serving_pb2.ExplainPlacementResponse(placements=found)
+        return serving_pb2.ExplainPlacementResponse(placements=found, moves=moves)
 
     async def _run(self, request: Any, work: Callable[[Any], Value]) -> Value:
         """Large requests are tokenised on a thread, so that streams go on meanwhile."""

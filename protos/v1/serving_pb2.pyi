@@ -14,10 +14,32 @@ class ExplainPlacementRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class ExplainPlacementResponse(_message.Message):
-    __slots__ = ("placements",)
+    __slots__ = ("placements", "moves")
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     placements: _containers.RepeatedCompositeFieldContainer[Placement]
-    def __init__(self, placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    def __init__(self, placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("reason", "source_id", "target_id", "moved", "bytes", "seconds", "gap_s", "error")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GAP_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    source_id: str
+    target_id: str
+    moved: bool
+    bytes: int
+    seconds: float
+    gap_s: float
+    error: str
+    def __init__(self, reason: _Optional[str] = ..., source_id: _Optional[str] = ..., target_id: _Optional[str] = ..., moved: bool = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., gap_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("replica_id", "tokens", "candidates", "estimates")

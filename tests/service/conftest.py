@@ -119,6 +119,9 @@ class FakeEngine:
             submission.aborted.set()
         return submission is not None
 
+    def moves(self) -> list[Any]:
+        return []
+
     def placements(self) -> list[Placement]:
         return self.decisions
 

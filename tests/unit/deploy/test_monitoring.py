@@ -115,7 +115,7 @@ def test_a_wrong_expression_is_caught(expression: str) -> None:
 
 def test_dashboard_names_real_metrics(dashboard: dict[str, Any]) -> None:
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-    assert len(panels) == 25
+    assert len(panels) >= 25
     for panel in panels:
         for target in panel["targets"]:
             check_expression(target["expr"])

@@ -390,3 +390,9 @@ def make_loop() -> LoopFactory:
         return StepLoop(SchedulerConfig(**(settings | config)), num_blocks, block_size, **states)
 
     return make
+
+
+@pytest.fixture
+def caller() -> type[Stream]:
+    """Who checks what one sample's caller is told."""
+    return Stream

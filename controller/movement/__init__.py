@@ -1,0 +1,1 @@
+"""Requests and prefixes on their way from one replica to another."""
