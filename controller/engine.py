@@ -31,6 +31,7 @@ from .routing.placer import Placement, Placer
 from .routing.router import Request, Work
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import Stream
+from .tracing.context import TRACE
 
 CANARY_TENANT = "phalanx-canary"
 SUSPECT_AFTER_LOSSES = 2
@@ -174,13 +175,14 @@ class AsyncEngine:
             known=known,
             priority=priority,
         )
+        stream.trace = TRACE.get()
         handle = self._choose(stream)
         if handle is None and not stream.accepted_before:
             self._check_held()
         self._live[tenant, request_id] = stream
         try:
             if handle is None:
-                self._homeless[stream] = None
+                self._leave_homeless(stream)
             else:
                 self._place(stream, handle)
             async with contextlib.aclosing(self._follow(stream)) as batches:
@@ -278,10 +280,17 @@ class AsyncEngine:
         """Hand the stream's open samples to a replica, from where they stand."""
         readmitted = stream.started or stream.accepted_before
         group = stream.requests()
+        if stream.trace is not None:
+            stream.trace.placed(handle.replica_id, stream.uncached_tokens)
         stream.replica = handle.index
         self._by_name[stream.name] = stream
         self._charge(stream)
         handle.replica.add(group, readmitted=readmitted)
+
+    def _leave_homeless(self, stream: Stream) -> None:
+        self._homeless[stream] = None
+        if stream.trace is not None:
+            stream.trace.homeless()
 
     def _place_homeless(self) -> None:
         """Find replicas for the streams that have lost theirs, the oldest first.
@@ -309,13 +318,12 @@ class AsyncEngine:
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
-            stream.replica, stream.charged = None, Work()
-            stream.losses += not handle.leaving
+            stream.lose(blamed=not handle.leaving)
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
                 text = f"the ranks died {stream.losses} times while they computed this request"
                 stream.end(FinishReason.ERROR, error=RequestFailed(text))
             else:
-                self._homeless[stream] = None
+                self._leave_homeless(stream)
         self._place_homeless()
         self.on_serving(self.serving)
         if not handle.leaving:
@@ -346,6 +354,8 @@ class AsyncEngine:
             if self._by_name.pop(stream.name, None) is not None:
                 self._charge(stream, ended=True)
             self._homeless.pop(stream, None)
+            if stream.trace is not None:
+                stream.trace.finished()
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         for event in events:

@@ -27,6 +27,7 @@ from phalanx.protos.wire import (
 
 from .engine import Engine
 from .pending import PendingStep
+from .tracing import step_spans
 
 PROGRESS_MESSAGES = 100
 """About how many progress messages a rank sends while loading."""
@@ -125,11 +126,20 @@ def _serve(
     voice.say(engine.load(progress))
     voice.beat()
     answers = rank == start.spec.answering_rank
-    _execute(connection, engine, voice.say if answers else lambda result: None)
+    answer: Callable[[StepResult], None] = voice.say if answers else lambda result: None
+    spans = step_spans(start.spec, rank)
+    launch = engine.launch if spans is None else spans.watch(engine.launch)
+    try:
+        _execute(connection, launch, answer)
+    finally:
+        if spans is not None:
+            spans.close()
 
 
 def _execute(
-    connection: socket.socket, engine: Engine, answer: Callable[[StepResult], None]
+    connection: socket.socket,
+    launch: Callable[[StepPlan], PendingStep],
+    answer: Callable[[StepResult], None],
 ) -> None:
     """Plans until `Stop`. Where the device works on by itself, the next plan is queued before the
     result of the last one is read; what a step computes does not depend on that."""
@@ -140,7 +150,7 @@ def _execute(
         message = read_to_rank(connection)
         if not isinstance(message, StepPlan):
             break
-        pending.append(engine.launch(message))
+        pending.append(launch(message))
     if not isinstance(message, Stop):
         raise GroupLost(f"{type(message).__name__} came instead of a plan")
 
