@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phalanx.protos.specs import foreign_formats
 
-from .units import is_loopback
+from .units import is_loopback, split_address
 
 if TYPE_CHECKING:
     from .config import ClusterConfig
@@ -39,12 +39,17 @@ def disagreements(config: ClusterConfig) -> list[str]:
         wrong.append("tls_cert and tls_key are given together or not at all")
     if config.tls_client_ca is not None and config.tls_cert is None:
         wrong.append("tls_client_ca needs tls_cert and tls_key")
+    page = None if config.page is None else split_address(config.page)
+    if config.page is not None and page is None:
+        wrong.append(f"page is {config.page!r}, allowed: HOST:PORT such as 127.0.0.1:8080, or off")
     if config.insecure:
         return wrong
     known = config.token_file is not None or config.tls_client_ca is not None
     fronts = {"host": config.host}
     if config.openai_port is not None:
         fronts["openai_host"] = config.openai_host
+    if page is not None:
+        fronts["page"] = page[0]
     for name, host in fronts.items():
         if not is_loopback(host) and not (config.tls_cert is not None and known):
             wrong.append(

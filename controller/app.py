@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -25,6 +26,9 @@ from .journal.writer import DurableJournal
 from .metrics import Metrics, MetricsServer
 from .model import ServedModel, resolve_model
 from .openai.host import OpenAIHost
+from .page.figures import Figures
+from .page.start import start_page
+from .page.state import EngineCluster
 from .ports import check_free
 from .quotas import MeteredEngine
 from .scaling import desired_replicas
@@ -33,6 +37,9 @@ from .server.service import InferenceService
 from .starting import ReplicaStarter
 from .supervisor import Supervisor
 from .tenants import Tenants, read_tenants
+from .tracing.setup import start_tracing, with_endpoint
+from .tracing.steps import trace_step
+from .units import split_address
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
@@ -52,11 +59,12 @@ class RunningCluster:
         address: str,
         metrics_address: str | None,
         openai_url: str | None,
+        page_url: str | None = None,
     ) -> None:
         self._stack, self._watching = stack, watching
         self._service, self._supervisor = service, supervisor
         self.address, self.metrics_address = address, metrics_address
-        self.openai_url = openai_url
+        self.openai_url, self.page_url = openai_url, page_url
 
     async def wait(self) -> None:
         """Return never, as lost replicas are started again; raises what ended that, a defect."""
@@ -83,6 +91,7 @@ async def start_cluster(
     with nothing left running.
     """
     logging.getLogger("phalanx").setLevel(config.log_level.upper())
+    config = with_endpoint(config)
     async with AsyncExitStack() as stack:
         served = await asyncio.to_thread(
             resolve_model, config.model, config.max_context, config.chat_template
@@ -91,44 +100,72 @@ async def start_cluster(
         _check_ports(config)
         tenants = read_tenants(config.tenants_file)
         metrics = Metrics()
+        figures = None if config.page is None else Figures(metrics)
+        observer = figures or metrics
         say = _silent if progress is None else progress.print
         journal = await _open_journal(config, metrics, say, stack)
         engine, starter, supervisor = await _start_replicas(
-            config, served, tenants, metrics, stack, progress
+            config, served, tenants, metrics, observer, stack, progress
         )
         if isinstance(journal, DurableJournal):
             journal.adopt(starter.identity)
         service = InferenceService(
             MeteredEngine(engine, tenants, metrics),
             served,
-            metrics,
+            observer,
             dtype=starter.dtype,
             journal=journal,
             grace_s=config.resume_grace_s,
             tool_parser=config.tool_parser,
+            tracing=start_tracing(config, served.name, stack),
         )
         recovered = service.recover()
         metrics.on_recovered(recovered)
         if recovered and progress is not None:
             progress.print(f"took up {recovered} unfinished requests from the journal")
-        openai = None if config.openai_port is None else await _start_openai(config, service, stack)
-        host = await _start_host(config, service, supervisor, stack)
-        page = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
-
-        def set_serving(serving: bool) -> None:
-            serving = serving and not service.draining
-            host.set_serving(serving)
-            if openai is not None:
-                openai.set_serving(serving)
-
-        set_serving(engine.serving)
-        engine.on_serving = set_serving
+        fronts = await _start_fronts(config, service, supervisor, stack)
+        page = None
+        if figures is not None:
+            page = await start_page(config, service, EngineCluster(engine), figures, stack)
+        scraped = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
+        fronts.set_serving(engine.serving)
+        engine.on_serving = fronts.set_serving
         watching = asyncio.create_task(_watch(supervisor, engine, metrics, journal))
         stack.push_async_callback(_cancelled, watching)
-        url = None if openai is None else openai.url
+        address, urls = fronts.grpc.address, (fronts.openai_url, page.url if page else None)
         return RunningCluster(
-            stack.pop_all(), watching, service, supervisor, host.address, page, url
+            stack.pop_all(), watching, service, supervisor, address, scraped, *urls
         )
+
+
+@dataclass(frozen=True)
+class _Fronts:
+    """What requests come through."""
+
+    service: InferenceService
+    grpc: GrpcHost
+    openai: OpenAIHost | None
+
+    @property
+    def openai_url(self) -> str | None:
+        return None if self.openai is None else self.openai.url
+
+    def set_serving(self, serving: bool) -> None:
+        """What health checks are told."""
+        serving = serving and not self.service.draining
+        self.grpc.set_serving(serving)
+        if self.openai is not None:
+            self.openai.set_serving(serving)
+
+
+async def _start_fronts(
+    config: ClusterConfig,
+    service: InferenceService,
+    supervisor: Supervisor,
+    stack: AsyncExitStack,
+) -> _Fronts:
+    openai = None if config.openai_port is None else await _start_openai(config, service, stack)
+    return _Fronts(service, await _start_host(config, service, supervisor, stack), openai)
 
 
 async def _start_replicas(
@@ -136,6 +173,7 @@ async def _start_replicas(
     served: ServedModel,
     tenants: Tenants,
     metrics: Metrics,
+    observer: Metrics | Figures,
     stack: AsyncExitStack,
     progress: Console | None,
 ) -> tuple[AsyncEngine, ReplicaStarter, Supervisor]:
@@ -159,7 +197,8 @@ async def _start_replicas(
     )
     spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
     starter = ReplicaStarter(
-        config, served, device, engine, metrics, progress, ray_fleet, _taker(spares), tenants
+        *(config, served, device, engine, observer, progress, ray_fleet, _taker(spares), tenants),
+        trace_step=None if config.trace_endpoint is None else trace_step,
     )
     supervisor = Supervisor(
         engine,
@@ -211,6 +250,8 @@ def _check_ports(config: ClusterConfig) -> None:
     check_free("host", config.host, config.port)
     if config.openai_port is not None:
         check_free("openai_host", config.openai_host, config.openai_port)
+    if page := split_address(config.page or ""):
+        check_free("page", *page)
     if config.metrics_port is not None:
         check_free("metrics_host", config.metrics_host, config.metrics_port)
 

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from phalanx.protos.errors import ConfigError, InvalidArgument, ModelError, PhalanxError
 
 from .commands.bench import bench
+from .commands.cluster import cluster
 from .commands.demo import demo
 from .commands.explain import explain
 from .commands.generate import chat, generate
@@ -97,6 +98,7 @@ for command in (
 measuring = typer.Typer(rich_markup_mode="rich")
 measuring.callback(invoke_without_command=True)(bench)
 measuring.command()(kernels)
+measuring.command()(cluster)
 app.add_typer(measuring, name="bench")
 
 

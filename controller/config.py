@@ -184,6 +184,12 @@ class ClusterConfig:
     openai_port: int | None = option(
         None, "Its port; 0 takes a free one.", low=0, high=65535, unset="off", group="Listening"
     )
+    page: str | None = option(
+        None,
+        "HOST:PORT of a page to chat on and watch the cluster; port 0 takes a free one.",
+        unset="off",
+        group="Listening",
+    )
     reflection: bool = option(False, "Let gRPC tools list the service.", group="Listening")
 
     tls_cert: str | None = option(
@@ -290,8 +296,28 @@ class ClusterConfig:
         high=3600,
         group="Cluster",
     )
+    trace_endpoint: str | None = option(
+        None,
+        "OTLP collector (gRPC) that gets traces, such as http://127.0.0.1:4317; else the one of "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, if set.",
+        unset="off",
+        group="Watching",
+    )
+    trace_ratio: float = option(
+        1.0,
+        "Part of the requests that are traced, of those whose callers do not decide it.",
+        low=0,
+        high=1,
+        group="Watching",
+    )
+    log_format: str = option(
+        "text",
+        "How log lines are written: for people, or as JSON with request ids.",
+        choices=("text", "json"),
+        group="Watching",
+    )
     log_level: str = option(
-        "info", "What is logged.", choices=("debug", "info", "warning", "error"), group="Cluster"
+        "info", "What is logged.", choices=("debug", "info", "warning", "error"), group="Watching"
     )
 
     def __post_init__(self) -> None:

@@ -31,9 +31,10 @@ from .kvcache.changes import PrefixUpdate
 from .movement.movement import DRAIN_S, DrainReport, KeptMove, Movement
 from .residents import Residents
 from .routing.placer import Placement, Placer
-from .routing.router import Decision, Request, Work
+from .routing.router import Decision, Request
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import Stream
+from .tracing.context import TRACE
 
 CANARY_TENANT = "phalanx-canary"
 SUSPECT_AFTER_LOSSES = 2
@@ -192,6 +193,7 @@ class AsyncEngine:
             known=known,
             priority=priority,
         )
+        stream.trace = TRACE.get()
         handle = self._choose(stream)
         if handle is None and not stream.accepted_before:
             self._check_held()
@@ -201,7 +203,7 @@ class AsyncEngine:
                 await self._movement.bring_prefix(stream, self._decision)
                 handle = handle if handle.serving else self._choose(stream)
             if handle is None:
-                self._homeless[stream] = None
+                self._leave_homeless(stream)
             elif not stream.finished:
                 self._residents.place(stream, handle)
             async with contextlib.aclosing(self._follow(stream)) as batches:
@@ -248,7 +250,7 @@ class AsyncEngine:
     def _relocate(self, stream: Stream) -> None:
         """Take a stream from its replica and place it anew, from its tokens."""
         self._residents.detach(stream)
-        self._homeless[stream] = None
+        self._leave_homeless(stream)
         self._place_homeless()
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
@@ -294,6 +296,11 @@ class AsyncEngine:
         self._decision = decision
         return decision.replica
 
+    def _leave_homeless(self, stream: Stream) -> None:
+        self._homeless[stream] = None
+        if stream.trace is not None:
+            stream.trace.homeless()
+
     def _place_homeless(self) -> None:
         """Find replicas for the streams that have lost theirs, the oldest first.
 
@@ -320,13 +327,12 @@ class AsyncEngine:
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
         for stream in lost:
             del self._by_name[stream.name]
-            stream.replica, stream.charged = None, Work()
-            stream.losses += not handle.leaving
+            stream.lose(blamed=not handle.leaving)
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
                 text = f"the ranks died {stream.losses} times while they computed this request"
                 stream.end(FinishReason.ERROR, error=RequestFailed(text))
             else:
-                self._homeless[stream] = None
+                self._leave_homeless(stream)
         self._place_homeless()
         self.on_serving(self.serving)
         if not handle.leaving:
@@ -357,6 +363,8 @@ class AsyncEngine:
             if self._by_name.pop(stream.name, None) is not None:
                 self._residents.charge(stream, ended=True)
             self._homeless.pop(stream, None)
+            if stream.trace is not None:
+                stream.trace.finished()
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         for event in events:

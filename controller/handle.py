@@ -42,6 +42,7 @@ class ReplicaHandle:
         self._num_stages = num_stages
         self.proven = False
         """Whether it has produced a canary token."""
+        self._blocks, self._asked = b"", False
         self.leaving = False
         """Whether it ends on purpose: its streams are blamed for nothing."""
         self.left = asyncio.Event()
@@ -83,6 +84,21 @@ class ReplicaHandle:
         return self._meter.pace if self._meter else Pace()
 
     @property
+    def block_map(self) -> bytes:
+        """The state of every KV block, see `KVCacheManager.block_map`, as it was soon after the
+        last `ask_block_map`; empty before the first."""
+        return self._blocks
+
+    def ask_block_map(self) -> None:
+        """Let the step loop renew `block_map`."""
+        if not self._asked and self.serving:
+            self._asked = True
+            self.replica.map_blocks(self._take_map)
+
+    def _take_map(self, blocks: bytes) -> None:
+        self._blocks, self._asked = blocks, False
+
+    @property
     def _phase(self) -> ReplicaPhase:
         if self.replica.lost is not None:
             return "lost"
@@ -103,6 +119,7 @@ class ReplicaHandle:
             waiting_requests=stats.waiting,
             kv_blocks_total=stats.blocks_total,
             kv_blocks_free=stats.blocks_free,
+            kv_blocks_cached=stats.blocks_cached,
             kv_block_tokens=self.naming.block_size,
             prefix_queried_tokens=stats.prefix_queried,
             prefix_hit_tokens=stats.prefix_hit,

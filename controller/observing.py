@@ -18,6 +18,8 @@ class StepTimes:
     the first step after a pause."""
     rows: int
     tokens: int
+    new_tokens: int = 0
+    """Tokens that streams got by it."""
 
 
 class Observer(Protocol):

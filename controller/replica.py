@@ -12,16 +12,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from phalanx.protos.errors import GroupLost, PhalanxError
+from phalanx.protos.steps import StepPlan
 
 from .cluster.fleet import Fleet
 from .kvcache.changes import PrefixUpdate
 from .movement.transfers import Transfers
 from .observing import Observer, Silent, StepTimes
 from .scheduling.request import FinishReason, Request, TokenEvent
+from .scheduling.sample import Sample
 from .scheduling.scheduler import Scheduler, SchedulerStats
 
 IDLE_WAIT_S = 0.5
@@ -42,6 +44,9 @@ class _InFlight:
 Sink = Callable[[Sequence[TokenEvent]], None]
 PrefixSink = Callable[[Sequence[TokenEvent], PrefixUpdate], None]
 
+TraceStep = Callable[[StepPlan, Iterable[Sample]], StepPlan]
+"""Writes into a plan whose spans the ranks tell of it under."""
+
 _Command = Callable[[], Sequence[TokenEvent]]
 
 
@@ -59,6 +64,7 @@ class Replica:
         observer: Observer | None = None,
         on_lost: Callable[[GroupLost], None] = lambda error: None,
         prefix_sink: PrefixSink | None = None,
+        trace_step: TraceStep | None = None,
     ) -> None:
         """sink gets every step's events. prefix_sink gets them instead, where cached prefixes came
         or went and the scheduler records that. on_lost is told why the loop has ended: whatever was not
@@ -67,7 +73,7 @@ class Replica:
         self._scheduler, self._fleet, self._sink = scheduler, fleet, sink
         self._max_in_flight, self._step_timeout_s = max_in_flight, step_timeout_s
         self._observer, self._on_lost = observer or Silent(), on_lost
-        self._prefix_sink = prefix_sink
+        self._prefix_sink, self._trace_step = prefix_sink, trace_step
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._in_flight: deque[_InFlight] = deque()
         self.transfers = Transfers(scheduler, fleet, self._commands.put)
@@ -135,6 +141,16 @@ class Replica:
 
         self._commands.put(command)
 
+    def map_blocks(self, take: Callable[[bytes], None]) -> None:
+        """Let `take` get the state of every KV block soon, on the loop's thread; see
+        `KVCacheManager.block_map`."""
+
+        def command() -> Sequence[TokenEvent]:
+            take(self._scheduler.block_map())
+            return ()
+
+        self._commands.put(command)
+
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -189,6 +205,8 @@ class Replica:
             plan = self._scheduler.schedule(time.monotonic())
             if plan is None:
                 return
+            if self._trace_step is not None:
+                plan = self._trace_step(plan, self._scheduler.planned)
             self._fleet.send(plan)
             sent = time.perf_counter()
             for seconds in self._scheduler.drain_queue_times():
@@ -214,6 +232,7 @@ class Replica:
                 overhead_s=max(overhead, 0.0) + (step.schedule_s if step.sent == free else 0.0),
                 rows=step.rows,
                 tokens=step.tokens,
+                new_tokens=sum(len(event.tokens) for event in events),
             )
         )
         return list(events)

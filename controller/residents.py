@@ -93,6 +93,8 @@ class Residents:
         """Hand the stream's open samples to a replica, from where they stand."""
         readmitted = stream.started or stream.accepted_before
         group = stream.requests()
+        if stream.trace is not None:
+            stream.trace.placed(handle.replica_id, stream.uncached_tokens)
         stream.replica = handle.index
         self.by_name[stream.name] = stream
         self.charge(stream)
@@ -118,6 +120,8 @@ class Residents:
         self.detach(stream)
         group = stream.requests()
         stream.replica, stream.uncached_tokens = target.index, 0
+        if stream.trace is not None:
+            stream.trace.placed(target.replica_id, 0)
         self.by_name[stream.name] = stream
         self.charge(stream)
         name = stream.name

@@ -24,7 +24,7 @@ from .kvcache.manager import KVCacheManager
 from .loading import LoadingDisplay
 from .model import ServedModel
 from .observing import Observer
-from .replica import Replica
+from .replica import Replica, TraceStep
 from .routing.pace import PaceMeter
 from .scheduling.request import TokenEvent
 from .scheduling.scheduler import Scheduler, SchedulerConfig
@@ -72,6 +72,7 @@ class ReplicaStarter:
         make_fleet: MakeFleet,
         take_spare: Callable[[bool], PlacedFleet | None] = lambda fits: None,
         tenants: Tenants | None = None,
+        trace_step: TraceStep | None = None,
     ) -> None:
         """take_spare: a fleet that stands by, if there is one; not fits: all spares give up their
         places, as a group of another size is to start."""
@@ -79,6 +80,7 @@ class ReplicaStarter:
         self._listener, self._observer, self._console = listener, observer, console
         self._make_fleet, self._take_spare = make_fleet, take_spare
         self._tenants = tenants or Tenants()
+        self._trace_step = trace_step
 
     @property
     def dtype(self) -> str:
@@ -119,6 +121,7 @@ class ReplicaStarter:
             observer=meter,
             on_lost=on_lost,
             prefix_sink=on_prefixes,
+            trace_step=self._trace_step,
         )
         handle = ReplicaHandle(
             index,

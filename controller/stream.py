@@ -11,6 +11,7 @@ from phalanx.protos.sampling import SamplingParams
 from .routing.lengths import expected_left
 from .routing.router import Work
 from .scheduling.request import FinishReason, Request, TokenEvent
+from .tracing.context import RequestTrace
 
 CLEARED_AFTER_TOKENS = 8
 
@@ -60,6 +61,7 @@ class Stream:
         be set when it is placed."""
         self.charged = Work()
         """What its replica was charged for it."""
+        self.trace: RequestTrace | None = None
 
     @property
     def name(self) -> str:
@@ -131,6 +133,7 @@ class Stream:
                 deadline=self.deadline,
                 priority=self._priority,
                 output_token_ids=list(tokens),
+                trace=self.trace,
             )
             for index, tokens in self._outputs.items()
         ]
@@ -142,6 +145,8 @@ class Stream:
             return
         tokens += [token.token_id for token in event.tokens]
         self._since_placed += len(event.tokens)
+        if self.trace is not None and event.tokens:
+            self.trace.got_tokens(len(event.tokens))
         if event.tokens:
             self.uncached_tokens = 0
         if self._since_placed >= CLEARED_AFTER_TOKENS:
@@ -150,6 +155,13 @@ class Stream:
             del self._outputs[event.sample_index]
         self._events.append(event)
         self._news.set()
+
+    def lose(self, *, blamed: bool) -> None:
+        """Its replica is gone; blamed: perhaps because of it."""
+        self.replica, self.charged = None, Work()
+        self.losses += blamed
+        if self.trace is not None:
+            self.trace.lost()
 
     def end(
         self,

@@ -25,3 +25,11 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].upper() not in BYTE_UNITS:
         raise ValueError(f"{text!r} is not a number of bytes such as 8GiB")
     return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
+
+
+def split_address(text: str) -> tuple[str, int] | None:
+    """Host and port of "127.0.0.1:8080" or "[::1]:8080"; None for what is no address."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-]+):(\d{1,5})", text)
+    if match is None or int(match[2]) > 65535:
+        return None
+    return match[1], int(match[2])

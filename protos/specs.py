@@ -326,6 +326,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     tokenizer: str = ""
     """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""
+    trace_endpoint: str = ""
+    """OTLP collector for the steps that plans ask to be told of; empty: none."""
 
     @property
     def num_ranks(self) -> int:

@@ -72,6 +72,9 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     target: int
 
 
+MAX_TRACES = 8
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
     """One step for every rank of a group, executed strictly in order of `step`."""
 
@@ -83,6 +86,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
     copies: list[BlockCopy]
     rows: list[Row]
     """The work, including that of `new`; the order is the order of the batch."""
+    traces: list[str] = []
+    """W3C `traceparent`s of spans that the ranks tell of this step under, `MAX_TRACES` at most; what
+    they compute does not depend on it."""
 
     @property
     def num_tokens(self) -> int:

@@ -61,7 +61,7 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankActor:
-    """One rank. Its methods are called in this order: facts, [warm, facts], [open_store], run."""
+    """One rank. Its methods are called in this order: facts, [warm, facts], [open_store], run or measure."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -106,11 +106,7 @@ class RankActor:
 
     def run(self, address: tuple[str, int], hello: Hello, rendezvous: Rendezvous) -> None:
         """Serve the step loop at `address` until it says stop."""
-        local = rendezvous.host.startswith("127.")
-        # collectives would guess an interface, and may guess one that peers do not reach
-        interface = interface_of(rendezvous.host if local else ray.util.get_node_ip_address())
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-
+        _choose_interface(rendezvous.host)
         from phalanx.workers.group import build_engine
         from phalanx.workers.serve import serve_rank
 
@@ -130,6 +126,23 @@ class RankActor:
             timer = threading.Timer(LINGER_S, _end)
             timer.daemon = True
             timer.start()
+
+    def measure(
+        self, host: str, port: int, collectives: str, sizes: list[int], timeout_s: float
+    ) -> list[float]:
+        """Median seconds of an all-reduce between both ends, by its size in bytes."""
+        _choose_interface(host)
+        from phalanx.workers.links import time_all_reduces
+
+        where = (host, port, collectives)
+        return time_all_reduces(self._rank, *where, sizes, self._listener, timeout_s)
+
+
+def _choose_interface(host: str) -> None:
+    """Collectives would guess an interface, and may guess one that peers do not reach."""
+    local = host.startswith("127.")
+    interface = interface_of(host if local else ray.util.get_node_ip_address())
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
 
 
 def _end() -> None:

@@ -32,6 +32,7 @@ from phalanx.protos.wire import (
 from .engine import Engine
 from .exchange import BlockExchange
 from .pending import PendingStep
+from .tracing import step_spans
 
 PROGRESS_MESSAGES = 100
 """About how many progress messages a rank sends while loading."""
@@ -144,13 +145,17 @@ def _serve(
         voice.say(report)
         voice.beat()
         answers = hello.rank == start.spec.answering_rank
-        answer = voice.say if answers else lambda result: None
-        _execute(connection, engine, answer, lambda message: _exchange(exchange, voice, message))
+        answer: Callable[[StepResult], None] = voice.say if answers else lambda result: None
+        spans = step_spans(start.spec, hello.rank)
+        launch = engine.launch if spans is None else spans.watch(engine.launch)
+        if spans is not None:
+            stack.callback(spans.close)
+        _execute(connection, launch, answer, lambda message: _exchange(exchange, voice, message))
 
 
 def _execute(
     connection: socket.socket,
-    engine: Engine,
+    launch: Callable[[StepPlan], PendingStep],
     answer: Callable[[StepResult], None],
     exchange: Callable[[Offer | Withdraw | Take], None],
 ) -> None:
@@ -164,7 +169,7 @@ def _execute(
         if isinstance(message, Offer | Withdraw | Take):
             exchange(message)
         elif isinstance(message, StepPlan):
-            pending.append(engine.launch(message))
+            pending.append(launch(message))
         else:
             break
     if not isinstance(message, Stop):

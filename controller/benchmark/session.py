@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
-from phalanx.protos.errors import ConfigError, PhalanxError
+from phalanx.protos.errors import PhalanxError
 
+from .jobs import Planned, plan
 from .load import Attempt, Done, closed_loop, open_loop
 from .report import date_now, machine_facts, software_versions
 from .results import Results, measure
 from .settings import Settings
-from .workload import (
-    Job,
-    Length,
-    Turn,
-    choose,
-    draw_lengths,
-    make_jobs,
-    poisson_arrivals,
-    read_recorded,
-)
 
 if TYPE_CHECKING:
     from phalanx.controller.client import AsyncClient
@@ -51,23 +41,21 @@ async def run_benchmark(client: AsyncClient, settings: Settings, stage: Stage) -
     calls to the server raise. A warm-up request that fails ends the benchmark.
     """
     info = await client.model_info()
-    lengths, skipped = await _lengths(client, settings, info.max_context)
-    ends = set(info.eos_token_ids)
-    jobs = make_jobs(lengths, info.vocab_size, ends, settings.seed)
-    warm, measured = jobs[: settings.warmups], jobs[settings.warmups :]
+    planned = await plan(client, settings, info)
+    warm, measured = planned.warm, planned.measured
     if warm:
         done = stage("warm-up", len(warm))
         _check_warm(await closed_loop(client, warm, settings.concurrency, settings.params, done))
     done = stage("measuring", len(measured))
-    attempts = await _run(client, measured, settings, done)
+    attempts = await _run(client, planned, settings, done)
     results = measure(attempts)
     state = await client.cluster_state()
     report = {
         "report": 1,
         "date": date_now(),
         "settings": dataclasses.asdict(settings)
-        | {"mode": "closed" if settings.rate is None else "open", "warmup": settings.warmups},
-        "skipped_too_long": skipped,
+        | {"mode": planned.mode, "warmup": settings.warmups},
+        "skipped_too_long": planned.skipped,
         "model": _values(info),
         "cluster": _values(state),
         "client_machine": machine_facts(),
@@ -79,12 +67,12 @@ async def run_benchmark(client: AsyncClient, settings: Settings, stage: Stage) -
 
 
 async def _run(
-    client: AsyncClient, jobs: Sequence[Job], settings: Settings, done: Done
+    client: AsyncClient, planned: Planned, settings: Settings, done: Done
 ) -> list[Attempt]:
-    if settings.rate is None:
-        return await closed_loop(client, jobs, settings.concurrency, settings.params, done)
-    arrivals = poisson_arrivals(settings.rate, len(jobs), settings.seed)
-    return await open_loop(client, jobs, arrivals, settings.params, done)
+    jobs, params = planned.measured, settings.params
+    if planned.arrivals is None:
+        return await closed_loop(client, jobs, settings.concurrency, params, done)
+    return await open_loop(client, jobs, planned.arrivals, params, done)
 
 
 def _check_warm(attempts: list[Attempt]) -> None:
@@ -94,37 +82,6 @@ def _check_warm(attempts: list[Attempt]) -> None:
             f"{len(failed)} of {len(attempts)} warm-up requests failed, the first with "
             f"{failed[0].status}: {failed[0].error}"
         )
-
-
-async def _lengths(
-    client: AsyncClient, settings: Settings, max_context: int
-) -> tuple[list[Length], int]:
-    """Lengths of all requests, warm-up first, and how many recorded ones are too long."""
-    count = settings.warmups + settings.requests
-    prompt, output = settings.spans()
-    if settings.lengths is None:
-        if prompt.high + output.high > max_context:
-            raise ConfigError(
-                f"prompt_tokens and output_tokens come to {prompt.high + output.high}, allowed "
-                f"together: {max_context}, the served context"
-            )
-        return draw_lengths(prompt, output, count, settings.seed), 0
-    recorded = [
-        await _count_tokens(client, entry) if isinstance(entry, Turn) else entry
-        for entry in read_recorded(Path(settings.lengths))
-    ]
-    fitting = [item for item in recorded if item.prompt + item.output <= max_context]
-    if not fitting:
-        raise ConfigError(
-            f"lengths is {settings.lengths}, none of whose {len(recorded)} entries fits the "
-            f"served context of {max_context} tokens"
-        )
-    return choose(fitting, count, settings.seed), len(recorded) - len(fitting)
-
-
-async def _count_tokens(client: AsyncClient, turn: Turn) -> Length:
-    prompt, output = await client.tokenize(turn.prompt), await client.tokenize(turn.output)
-    return Length(max(1, len(prompt)), max(1, len(output)))
 
 
 def _values(item: Any) -> Any:

@@ -16,7 +16,8 @@ OPEN_LOOP_WARMUP = 4
 class Settings:
     """What is measured. With `rate` (requests a second) the loop is open, else closed with
     `concurrency` requests at a time. `lengths` is a file of recorded lengths, which takes the
-    place of the two spans. Raises `ConfigError` naming the field, its value and what is allowed.
+    place of the two spans; so does `workload`, whose prompts are sent as well (`formats.py`), and whose
+    timestamps, if it has any, say when; `speed` is how much faster they pass. Raises `ConfigError` naming the field, its value and what is allowed.
     """
 
     requests: int = 64
@@ -26,6 +27,8 @@ class Settings:
     prompt_tokens: str = "128"
     output_tokens: str = "64"
     lengths: str | None = None
+    workload: str | None = None
+    speed: float = 1.0
     seed: int = 0
     temperature: float = 0.0
     ignore_eos: bool = True
@@ -37,6 +40,10 @@ class Settings:
                 raise ConfigError(f"{name} is {value}, allowed: at least {low}")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate:g}, allowed: above 0 requests a second")
+        if not 0 < self.speed < float("inf"):
+            raise ConfigError(f"speed is {self.speed:g}, allowed: above 0")
+        if self.lengths is not None and self.workload is not None:
+            raise ConfigError("lengths and workload are two sources of the same: allowed is one")
         self.spans()
 
     def spans(self) -> tuple[Span, Span]:

@@ -160,18 +160,11 @@ class RayFleet(ExchangingFleet):
                 f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
                 f"{_resources(ray.available_resources())} free"
             )
-        remote = ray.remote(RankActor)
+        gpus = 1 if self._device == "cuda" else 0
         for rank in range(self._num_ranks):
             index = rank if self._pp_size == 1 else rank // self._tp_size
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            actor = remote.options(
-                num_cpus=1,
-                num_gpus=1 if self._device == "cuda" else 0,
-                max_restarts=0,
-                max_concurrency=1,
-                scheduling_strategy=place,
-            ).remote(rank)
-            self._actors.append(actor)
+            self._actors.append(rank_actor(rank, place, num_cpus=1, num_gpus=gpus))
         return self._look_around()
 
     def _look_around(self) -> list[NodeFacts]:
@@ -355,6 +348,12 @@ class RayFleet(ExchangingFleet):
         if error is not None:
             raise GroupLost(f"rank {rank} failed while starting: {error}") from error
         raise GroupLost(f"rank {rank} ended while starting")
+
+
+def rank_actor(rank: int, place: Any, **resources: int) -> Any:
+    """A rank's process, where Ray's scheduling strategy `place` says."""
+    how: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 1, **resources}
+    return ray.remote(RankActor).options(scheduling_strategy=place, **how).remote(rank)
 
 
 def strategy(placement: str, pp_size: int) -> str:

@@ -137,6 +137,7 @@ def size_group(
         record_steps=config.record_steps,
         epoch=epoch,
         tokenizer=served.tokenizer.to_str(),
+        trace_endpoint=config.trace_endpoint or "",
     )
     return spec, result
 

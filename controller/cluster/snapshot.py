@@ -28,7 +28,7 @@ class RankSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """One replica. `kv_blocks_free` counts cached blocks without a user as free. `tp_desired` is
+    """One replica. `kv_blocks_free` counts the `kv_blocks_cached`, which have no user. `tp_desired` is
     the TP size that it is meant to have, `condition` why it is not as desired; empty: it is.
     `outdated`: a rolling restart has yet to replace it."""
 
@@ -39,6 +39,7 @@ class ReplicaSnapshot:
     waiting_requests: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
+    kv_blocks_cached: int = 0
     kv_block_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from phalanx.controller.benchmark.session import Outcome
 
 FILES = "Reports"
+WORKLOAD = (
+    "A file of vllm bench or guidellm (ShareGPT, prompts, lengths), a trace as Mooncake has them, "
+    "or guidellm's text for synthetic data."
+)
 SERVE_HELP = f"Start a cluster just for this. {RULES['model'].help}"
 SERVE_FLAGS = (
     "tp",
@@ -55,6 +59,8 @@ def _load_flags() -> list[inspect.Parameter]:
         flag("prompt_tokens", str, "Prompt length, 128 or 64-256.", sizes),
         flag("output_tokens", str, "Output length, 64 or 16-128.", sizes),
         flag("lengths", str | None, "Recorded lengths: JSON lines or ShareGPT.", sizes),
+        flag("workload", str | None, WORKLOAD, sizes),
+        flag("speed", float, "How much faster the timestamps of a trace pass.", sizes),
         flag("ignore_eos", bool, "Write the full length, past the model's own end.", sizes),
         flag("temperature", float, "0 always takes the likeliest token.", sizes),
     ]
@@ -95,6 +101,8 @@ def bench(
 
     [bold]phalanx bench kernels[/bold]  kernels alone, beside what the device reaches
 
+    [bold]phalanx bench cluster smollm2 --layout tp=1 --layout tp=2[/bold]  layouts and links
+
     [bold]phalanx bench --serve smollm2 --tp 2 --output report.json --plot report.png[/bold]
 
     Prompts are random tokens, so that no cache helps. Times count from when a request was due.
@@ -133,8 +141,8 @@ def _cluster(connection: Connection, model: str | None, flags: dict[str, Any]) -
         yield dataclasses.replace(connection, address=address, token_file=None, tls_ca=None)
 
 
-async def measure(connection: Connection, settings: Settings) -> Outcome:
-    """Run it under a progress bar."""
+async def measure(connection: Connection, settings: Settings, *, title: str = "") -> Outcome:
+    """Run it under a progress bar, whose stages are named after `title`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -152,7 +160,7 @@ async def measure(connection: Connection, settings: Settings) -> Outcome:
     with Progress(*columns, console=Console(stderr=True)) as bar:
 
         def stage(name: str, total: int) -> Done:
-            task, failed = bar.add_task(name, total=total, failed=0), 0
+            task, failed = bar.add_task(title + name, total=total, failed=0), 0
 
             def done(item: Attempt) -> None:
                 nonlocal failed
@@ -186,10 +194,11 @@ def show(outcome: Outcome, output: Path | None, plot: Path | None) -> None:
         console.print(f"report: {output}")
     if plot:
         settings = outcome.report["settings"]
-        load = (
-            f"{settings['rate']:g} requests/s"
-            if settings["rate"]
-            else (f"{settings['concurrency']} at a time")
-        )
+        loads = {
+            "closed": f"{settings['concurrency']} at a time",
+            "open": f"{settings['rate']} requests/s",
+            "trace": f"trace at {settings['speed']:g} times its speed",
+        }
+        load = loads[settings["mode"]]
         write_plot(plot, outcome.attempts, f"{outcome.report['model']['name']}, {load}")
         console.print(f"plot: {plot}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,11 @@ def serve(
 
     [bold]phalanx serve --config cluster.toml[/bold]  the same names as the flags, with underscores
     """
-    asyncio.run(serve_until_stopped(load_config(config, {"model": model} | flags)))
+    from phalanx.controller.logs import logged_to
+
+    loaded = load_config(config, {"model": model} | flags)
+    with logged_to(sys.stderr, loaded.log_format):
+        asyncio.run(serve_until_stopped(loaded))
 
 
 async def serve_until_stopped(config: ClusterConfig) -> None:
@@ -71,6 +76,8 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
         console.print(f"[bold green]ready[/] on [bold]{cluster.address}[/]", soft_wrap=True)
         if cluster.openai_url:
             console.print(f"OpenAI's API on {cluster.openai_url}", soft_wrap=True)
+        if cluster.page_url:
+            console.print(f"a page to chat on: {cluster.page_url}", soft_wrap=True)
         if cluster.metrics_address:
             scheme = "https" if config.metrics_needs_tls else "http"
             console.print(

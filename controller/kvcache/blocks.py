@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class IntegrityError(RuntimeError):
     """The books do not agree: a defect of the scheduler or the block manager."""
@@ -56,6 +58,10 @@ class BlockPool:
     def references(self, block: int) -> int:
         """How many sequences refer to the block."""
         return self._references[block]
+
+    def counts(self) -> Iterable[int]:
+        """How many sequences refer to each block, in order. O(num_blocks)."""
+        return self._references
 
     def free_blocks(self) -> frozenset[int]:
         """The free list, for audits. O(num_blocks)."""

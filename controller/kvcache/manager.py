@@ -318,6 +318,13 @@ class KVCacheManager:
         if self._log is not None:
             self._log.ask_listing()
 
+    def block_map(self) -> bytes:
+        """A byte for each block: 0 free, 1 idle cached, 2 one sequence's, 3 shared. O(blocks)."""
+        states = bytearray(min(count + 1, 3) if count else 0 for count in self._pool.counts())
+        for block in self._index.idle:
+            states[block] = 1
+        return bytes(states)
+
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every block is accounted for exactly once. O(blocks)."""
         if self._states is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .blocks import require
@@ -131,6 +131,11 @@ class PrefixIndex:
     def num_idle(self) -> int:
         """Cached blocks that no sequence refers to."""
         return len(self._idle)
+
+    @property
+    def idle(self) -> Iterable[int]:
+        """These blocks, the least recently used first."""
+        return self._idle
 
     def find(self, digest: bytes) -> int | None:
         """The block with this content, if there is one."""

@@ -15,6 +15,7 @@ from phalanx.controller.server.answer import SLOW_RETRY_S, Response
 from phalanx.controller.server.interceptors import logged_incident
 from phalanx.controller.server.security import DEFAULT_TENANT, TokenTable
 from phalanx.controller.server.service import INLINE_BYTES, InferenceService
+from phalanx.controller.tracing.context import note_parent
 from phalanx.protos.errors import (
     NotFound,
     PhalanxError,
@@ -29,6 +30,7 @@ from .fields import parse_object
 from .requests import Asked, read_chat, read_completion
 from .shapes import ChatShape, CompletionShape, Shape
 
+TRACE_HEADERS = ("traceparent", "tracestate")
 OPEN_PATHS = ("/health",)
 BODY_TIMEOUT_S = 60.0
 LAST_WORDS_S = 1.0
@@ -63,6 +65,7 @@ class Routes:
     async def _surround(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Whatever happens ends this request only, with a status and a JSON error."""
         self._open += 1
+        note_parent((name, request.headers.get(name, "")) for name in TRACE_HEADERS)
         try:
             if self._open > MAX_CONCURRENT_CALLS:
                 text = f"{MAX_CONCURRENT_CALLS} requests are open, no more are taken"

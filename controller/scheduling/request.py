@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
@@ -37,6 +38,8 @@ class Request:
     priority: int = 0
     """Within its tenant, the lower one comes first."""
     output_token_ids: list[int] = field(default_factory=list)
+    trace: Any = None
+    """Whoever traces it, handed on; nothing here depends on it."""
 
     @property
     def key(self) -> tuple[str, int]:

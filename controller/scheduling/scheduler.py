@@ -20,7 +20,7 @@ of what came before, so they are the tokens that a second computation would give
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from phalanx.controller.kvcache.blocks import require
@@ -117,6 +117,11 @@ class Scheduler:
     def in_flight(self) -> int:
         """Plans made and not yet answered."""
         return len(self._in_flight)
+
+    @property
+    def planned(self) -> Iterable[Sample]:
+        """Who computes in the plan made last."""
+        return self._in_flight[-1].samples.values() if self._in_flight else ()
 
     def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
         """Queue all samples of one request; they may bring output tokens of an earlier life.
@@ -228,6 +233,10 @@ class Scheduler:
     def list_prefixes(self) -> None:
         """Let the next `drain_prefix_changes` list all cached prefixes."""
         self._cache.list_prefixes()
+
+    def block_map(self) -> bytes:
+        """See `KVCacheManager.block_map`."""
+        return self._cache.block_map()
 
     def stats(self) -> SchedulerStats:
         """Figures as of now. O(1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ from .answer import Answer, Response
 from .engine import Observer
 
 CLOCK_SLACK_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -34,13 +37,14 @@ class Call:
         *,
         outlived: bool = False,
     ) -> None:
-        self.reader, self.tenant, self.outlived = reader, tenant, outlived
+        self.method, self.reader, self.tenant, self.outlived = method, reader, tenant, outlived
         self._observer = observer
         self._began = self._last = time.monotonic()
         self._any = False
         left = reader.time_remaining()
         self.deadline = None if left is None else self._began + left
         self.prompt_tokens = 0
+        self.first_token_s: float | None = None
         self.answer: Answer | None = None
         self.outcome = "error"
         observer.on_start(method)
@@ -65,11 +69,28 @@ class Call:
         if self._any:
             self._observer.on_tokens(count, now - self._last)
         else:
-            self._observer.on_first_token(now - self._began)
+            self.first_token_s = now - self._began
+            self._observer.on_first_token(self.first_token_s)
         self._any, self._last = True, now
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all samples that it brought."""
+        return self.answer.new_tokens if self.answer is not None else 0
 
     def end(self) -> None:
         """The call is over."""
-        tokens = self.answer.new_tokens if self.answer is not None else 0
+        tokens = self.new_tokens
         seconds = time.monotonic() - self._began
         self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
+        if _log.isEnabledFor(logging.INFO):
+            fields = {
+                "method": self.method,
+                "tenant": self.tenant,
+                "outcome": self.outcome,
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": tokens,
+                "first_token_s": self.first_token_s and round(self.first_token_s, 6),
+                "seconds": round(seconds, 6),
+            }
+            _log.info("a request has ended", extra={"fields": fields})

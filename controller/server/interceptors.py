@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
+from phalanx.controller.tracing.context import note_parent
 from phalanx.protos.errors import InvalidArgument, PhalanxError
 from phalanx.protos.status import encode
 
@@ -58,6 +59,7 @@ class Containment(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, details: grpc.HandlerCallDetails
     ) -> Any:
         """Wrap the handler."""
+        note_parent(details.invocation_metadata or ())
         handler = await continuation(details)
         if handler is None:
             return None

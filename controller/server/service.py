@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from phalanx.controller.journal.memory import MemoryJournal
+from phalanx.controller.logs import REQUEST_ID
 from phalanx.controller.model import ServedModel
 from phalanx.controller.scheduling.request import TokenEvent
+from phalanx.controller.tracing.context import PARENT, TRACE, Tracing
 from phalanx.protos.errors import (
     InvalidArgument,
     NotFound,
@@ -62,12 +64,13 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         journal: Journal | None = None,
         grace_s: float = GRACE_S,
         tool_parser: str = "auto",
+        tracing: Tracing | None = None,
     ) -> None:
         """journal: where requests with ids of their callers' are kept; None: in memory. grace_s:
         seconds that such a request outlives its call. tool_parser: a
-        format of `tools.formats`; "auto": the template's."""
+        format of `tools.formats`; "auto": the template's. tracing: who traces requests."""
         self._engine, self._model, self._observer = engine, model, observer
-        self._dtype, self._max_stall_s = dtype, max_stall_s
+        self._dtype, self._max_stall_s, self._tracing = dtype, max_stall_s, tracing
         self._texts = TokenTexts(model.tokenizer)
         self._sessions = Sessions(engine, journal or MemoryJournal(), self._texts, grace_s)
         self._admission = Admission(model, tool_parser)
@@ -109,6 +112,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         # what was accepted may be read to its end while the server drains
         async with self._booked(call, joins=True):
             self._admission.resume(request)
+            REQUEST_ID.set(request.request_id)
             session = self._sessions.find(request.request_id, call.tenant)
             if len(request.next_index) > session.header.params.n:
                 text = f"{len(request.next_index)} entries, the request has "
@@ -144,6 +148,9 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
                 self._check_open()
             call.prompt_tokens = len(admitted.prompt_token_ids)
+            REQUEST_ID.set(admitted.request_id)
+            if (trace := TRACE.get()) is not None:
+                trace.admitted(admitted.request_id, call.prompt_tokens)
             call.hurry(admitted.deadline_s)
             if kept:
                 session = self._sessions.open(admitted, call.tenant, call.deadline)
@@ -155,6 +162,9 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     async def _booked(self, call: Call, *, joins: bool = False) -> AsyncIterator[None]:
         """A call's entry in the books, however it ends. joins: it may be about a request that was
         accepted before."""
+        trace = None if self._tracing is None else self._tracing.begin(call.method, PARENT.get())
+        TRACE.set(trace)
+        REQUEST_ID.set("")
         try:
             if not joins:
                 self._check_open()
@@ -167,6 +177,9 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             raise
         finally:
             call.end()
+            TRACE.set(None)
+            if trace is not None:
+                trace.end(call.outcome, call.new_tokens)
 
     def _check_open(self) -> None:
         if self._draining:

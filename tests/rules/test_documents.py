@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -57,10 +58,14 @@ def subcommands() -> dict[str, set[str]]:
     """Subcommand of `phalanx` to its flags."""
     from phalanx.controller.cli import app
 
+    def flags(command: Any) -> set[str]:
+        """Of its own subcommands, too."""
+        own = {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
+        return own.union(*map(flags, getattr(command, "commands", {}).values()))
+
     group = typer.main.get_command(app)
     return {
-        name: {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
-        | {"--help", "-h"}
+        name: flags(command) | {"--help", "-h"}
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
 

@@ -47,8 +47,17 @@ PACKAGES = {
 }
 NARROWER = {
     "ray": ("controller/cluster/", "workers/actor.py"),
-    "matplotlib": ("controller/benchmark/report.py", "controller/simulation/report.py"),
-    "aiohttp": ("controller/openai/",),
+    "matplotlib": (
+        "controller/benchmark/cluster_report.py",
+        "controller/benchmark/report.py",
+        "controller/simulation/report.py",
+    ),
+    "aiohttp": ("controller/openai/", "controller/page/host.py"),
+    "opentelemetry": (
+        "controller/tracing/setup.py",
+        "controller/tracing/spans.py",
+        "workers/tracing.py",
+    ),
     "llguidance": ("protos/grammars.py",),
 }
 """Packages that only these files and folders use."""

@@ -85,6 +85,7 @@ def test_generated_code_is_fresh(root: Path, tmp_path: Path) -> None:
 
 def test_the_wheel_holds_the_rooms(root: Path, wheel: Path) -> None:
     patterns = ("*.py", "*.proto", "*.pyi", "py.typed", "*.json", "*.cpp", "*.h", "*.inl")
+    patterns += ("*.html", "*.css", "*.js", "*.svg")
     wanted = {
         str(path.relative_to(root))
         for room in ROOMS

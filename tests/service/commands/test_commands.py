@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_serve_and_everything_that_talks_to_it(
 ) -> None:
     words = ["serve", str(tiny_llama()), "--tp", "2", "--kv-tokens", "2048"]
     words += ["--port", "0", "--openai-port", "0", "--metrics-port", "off"]
+    words += ["--page", "127.0.0.1:0"]
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr:
         server = subprocess.Popen(
@@ -48,12 +50,14 @@ def test_serve_and_everything_that_talks_to_it(
             assert server.stdout is not None
             openai_url = server.stdout.readline().split()[-1]
             ask_openai(openai_url)
+            watch(server.stdout.readline().split()[-1])
             use(address, tmp_path / "report.json")
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
         finally:
             server.kill()
-    assert errors.read_text() == ""
+    lines = errors.read_text().splitlines()
+    assert lines and [line for line in lines if ": a request has ended " not in line] == []
 
 
 def ask_openai(url: str) -> None:
@@ -69,6 +73,15 @@ def ask_openai(url: str) -> None:
             for _ in "ab"
         ]
         assert texts[0] == texts[1] != ""
+
+
+def watch(url: str) -> None:
+    """The page's figures: both ranks, and every KV block in one state."""
+    with urllib.request.urlopen(f"{url}state", timeout=60) as answer:
+        [replica] = json.load(answer)["cluster"]["replicas"]
+    assert [rank["rank"] for rank in replica["ranks"]] == [0, 1]
+    kv = replica["kv"]
+    assert kv["used"] + kv["cached"] + kv["free"] == kv["total"] == 2048 // 16
 
 
 def use(address: list[str], report: Path) -> None:

@@ -51,8 +51,22 @@ def selectors(expression: str) -> Iterator[Any]:
     yield from walk(promql_parser.parse(text), "")
 
 
+def groupings(node: Any) -> Iterator[str]:
+    """The labels that an expression's aggregations keep."""
+    if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+        yield from node.modifier.labels
+    parts = [getattr(node, name, None) for name in ("lhs", "rhs", "expr")]
+    for part in [*parts, *getattr(node, "args", [])]:
+        if part is not None:
+            yield from groupings(part)
+
+
 def check_expression(expression: str) -> None:
     """Names exist, counters and buckets are read as rates, labels are those of the metric."""
+    rows = [SERIES[item.name] for item, _ in selectors(expression) if item.name in SERIES]
+    parsed = promql_parser.parse(re.sub(r"\$__rate_interval|\$__interval", "5m", expression))
+    kept = {"instance", "namespace", "pod", "job", "le", *(row.label for row in rows)}
+    assert set(groupings(parsed)) <= kept, expression
     found = list(selectors(expression))
     assert found, expression
     for selector, function in found:
@@ -106,6 +120,8 @@ def test_alerts_say_what_they_are(rules: list[dict[str, Any]], deploy: Path) -> 
         'rate(phalanx_requests_total{outcome="errors"}[5m])',
         'phalanx_kv_use_ratio{phase="x"}',
         "1 + 1",
+        "sum by (outcomes) (rate(phalanx_requests_total[5m]))",
+        "histogram_quantile(0.5, sum by (le, phase) (rate(phalanx_queue_seconds_bucket[5m])))",
     ],
 )
 def test_a_wrong_expression_is_caught(expression: str) -> None:
@@ -119,6 +135,13 @@ def test_dashboard_names_real_metrics(dashboard: dict[str, Any]) -> None:
     for panel in panels:
         for target in panel["targets"]:
             check_expression(target["expr"])
+    for panel in panels:
+        for target in panel["targets"]:
+            named = set(re.findall(r"{{(\w+)}}", target["legendFormat"])) - {"instance"}
+            rows = [SERIES[item.name] for item, _ in selectors(target["expr"])]
+            assert named <= {row.label for row in rows}, panel["title"]
+    [variable] = [item for item in dashboard["templating"]["list"] if item["type"] == "query"]
+    assert re.match(r"label_values\((\w+), instance\)", variable["query"]["query"])[1] in SERIES  # type: ignore[index]
     shown = " ".join(target["expr"] for panel in panels for target in panel["targets"])
     hidden = [row.name for row in TABLE if f"phalanx_{row.name}" not in shown]
     assert hidden == []

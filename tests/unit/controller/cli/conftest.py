@@ -143,6 +143,7 @@ class FakeCluster:
     def __init__(self) -> None:
         self.address, self.metrics_address = "127.0.0.1:1234", None
         self.openai_url: str | None = None
+        self.page_url: str | None = None
         self.config: Any = None
         self.stopped = 0
         self.lost: Exception | None = None

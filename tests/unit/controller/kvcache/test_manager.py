@@ -27,6 +27,17 @@ def matched(cache: KVCacheManager, tokens: list[int], tenant: str = "a") -> list
     return cache.match(cache.chain(tenant, tokens), len(tokens))
 
 
+def test_the_map_of_blocks() -> None:
+    cache = KVCacheManager(6, 2)
+    shared, own = filled(cache, 0, [1, 2, 3, 4, 5])[:2], filled(cache, 1, [1, 2, 3, 4, 6])[2]
+    idle = filled(cache, 2, [7, 8])
+    cache.release(2)
+    states = cache.block_map()
+    assert [states[block] for block in shared] == [3, 3]
+    assert (states[own], states[idle[0]]) == (2, 1)
+    assert sorted(states) == [0, 1, 2, 2, 3, 3]
+
+
 def test_a_table_grows_block_by_block() -> None:
     cache = KVCacheManager(4, 2)
     assert len(cache.allocate(0, None, 3) or []) == 2
