@@ -33,13 +33,11 @@ from .residents import Residents
 from .routing.placer import Placement, Placer
 from .routing.router import Decision, Request
 from .scheduling.request import FinishReason, TokenEvent
-from .stream import Stream
+from .stream import SET_ASIDE_AFTER_LOSSES, Stream
 from .tracing.context import TRACE
 
 CANARY_TENANT = "phalanx-canary"
-SUSPECT_AFTER_LOSSES = 2
 """From then on a request runs only while no other suspect does."""
-SET_ASIDE_AFTER_LOSSES = 3
 HELD_RETRY_S = 2.0
 UNREADY_RETRY_S = 5.0
 
@@ -306,15 +304,15 @@ class AsyncEngine:
 
         Suspects go one at a time: if the ranks die again, it is known who ran each time.
         """
-        suspect_runs = any(map(_suspect, self._by_name.values()))
+        suspect_runs = any(each.is_suspect for each in self._by_name.values())
         for stream in list(self._homeless):
             if stream.finished:
                 del self._homeless[stream]
-            elif _suspect(stream) and suspect_runs:
+            elif stream.is_suspect and suspect_runs:
                 continue
             elif (handle := self._choose(stream)) is not None:
                 del self._homeless[stream]
-                suspect_runs = suspect_runs or _suspect(stream)
+                suspect_runs = suspect_runs or stream.is_suspect
                 self._residents.place(stream, handle)
 
     def _lose(self, handle: ReplicaHandle, error: GroupLost) -> None:
@@ -402,7 +400,3 @@ class AsyncEngine:
                     raise GroupLost(f"{handle.replica_id} gave no canary token: {event.error}")
         if tokens != 1:
             raise GroupLost(f"{handle.replica_id} gave no canary token")
-
-
-def _suspect(stream: Stream) -> bool:
-    return SUSPECT_AFTER_LOSSES <= stream.losses < SET_ASIDE_AFTER_LOSSES

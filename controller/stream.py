@@ -14,6 +14,8 @@ from .scheduling.request import FinishReason, Request, TokenEvent
 from .tracing.context import RequestTrace
 
 CLEARED_AFTER_TOKENS = 8
+SUSPECT_AFTER_LOSSES = 2
+SET_ASIDE_AFTER_LOSSES = 3
 
 
 class Stream:
@@ -62,6 +64,11 @@ class Stream:
         self.charged = Work()
         """What its replica was charged for it."""
         self.trace: RequestTrace | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what its replicas died of: it runs alone until it is cleared."""
+        return SUSPECT_AFTER_LOSSES <= self.losses < SET_ASIDE_AFTER_LOSSES
 
     @property
     def name(self) -> str:

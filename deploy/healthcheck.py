@@ -15,7 +15,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from phalanx.controller.config import ClusterConfig, load_config
+from phalanx.controller.config import ClusterConfig
+from phalanx.controller.settings import load_config
 from phalanx.protos.errors import ConfigError
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phalanx.controller.benchmark.settings import Settings
-from phalanx.controller.config import RULES, load_config
+from phalanx.controller.config import RULES
+from phalanx.controller.settings import load_config
 from phalanx.protos.errors import ConfigError, PhalanxError
 
 from .bench import load_flags, measure

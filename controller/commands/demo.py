@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phalanx.controller.config import ClusterConfig, load_config
+from phalanx.controller.config import ClusterConfig
+from phalanx.controller.settings import load_config
 
 from .flags import config_flags
 

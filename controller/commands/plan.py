@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phalanx.controller.config import RULES, load_config
+from phalanx.controller.config import RULES
+from phalanx.controller.settings import load_config
 
 from .flags import config_flags
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from phalanx.controller.config import RULES, ClusterConfig, load_config
+from phalanx.controller.config import RULES, ClusterConfig
+from phalanx.controller.settings import load_config
 
 from .flags import config_flags
 

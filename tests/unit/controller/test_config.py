@@ -12,9 +12,8 @@ from phalanx.controller.config import (
     KINDS,
     RULES,
     ClusterConfig,
-    load_config,
-    parse_value,
 )
+from phalanx.controller.settings import load_config, parse_value
 from phalanx.controller.units import is_loopback, parse_bytes
 from phalanx.protos.errors import ConfigError
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from phalanx.controller.config import KINDS, RULES, load_config
+from phalanx.controller.config import KINDS, RULES
+from phalanx.controller.settings import load_config
 from phalanx.controller.units import is_loopback
 
 MADE_BY_CHART = {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.controller.config import ClusterConfig, load_config
+from phalanx.controller.config import ClusterConfig
+from phalanx.controller.settings import load_config
 from phalanx.controller.units import is_loopback
 
 NAMES = ("compose", "cpu-node", "gpu-node", "laptop", "two-nodes")

@@ -13,7 +13,8 @@ import pytest
 from kubernetes_validate import ValidationError as SchemaError
 
 from phalanx.controller.app import DRAIN_S
-from phalanx.controller.config import DEFAULTS, ClusterConfig, load_config
+from phalanx.controller.config import DEFAULTS, ClusterConfig
+from phalanx.controller.settings import load_config
 
 OWN_TIME_S = 10  # what the server takes beyond its drain, to end ranks and Ray
 RAY_PORTS = {6379, 6380, 8265, 10001, 52365}
