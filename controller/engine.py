@@ -37,7 +37,6 @@ from .stream import SET_ASIDE_AFTER_LOSSES, Stream
 from .tracing.context import TRACE
 
 CANARY_TENANT = "phalanx-canary"
-"""From then on a request runs only while no other suspect does."""
 HELD_RETRY_S = 2.0
 UNREADY_RETRY_S = 5.0
 

@@ -15,6 +15,7 @@ from .tracing.context import RequestTrace
 
 CLEARED_AFTER_TOKENS = 8
 SUSPECT_AFTER_LOSSES = 2
+"""From then on a request runs only while no other suspect does."""
 SET_ASIDE_AFTER_LOSSES = 3
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.controller.engine import SET_ASIDE_AFTER_LOSSES, AsyncEngine
+from phalanx.controller.engine import AsyncEngine
+from phalanx.controller.stream import SET_ASIDE_AFTER_LOSSES
 from phalanx.controller.handle import ReplicaHandle
 from phalanx.controller.scheduling.request import FinishReason, Request, TokenEvent
 from phalanx.controller.scheduling.scheduler import SchedulerStats
