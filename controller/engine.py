@@ -145,9 +145,8 @@ class AsyncEngine:
     @property
     def busy(self) -> frozenset[int]:
         """The slots that requests run on."""
-        return frozenset(
-            stream.replica for stream in self._by_name.values() if stream.replica is not None
-        )
+        slots = (stream.replica for stream in self._by_name.values())
+        return frozenset(slot for slot in slots if slot is not None)
 
     @property
     def homeless(self) -> int:

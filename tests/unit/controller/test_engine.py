@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from phalanx.controller.engine import AsyncEngine
-from phalanx.controller.stream import SET_ASIDE_AFTER_LOSSES
 from phalanx.controller.handle import ReplicaHandle
 from phalanx.controller.scheduling.request import FinishReason, Request, TokenEvent
 from phalanx.controller.scheduling.scheduler import SchedulerStats
+from phalanx.controller.stream import SET_ASIDE_AFTER_LOSSES
 from phalanx.protos.errors import (
     AlreadyExists,
     GroupLost,
