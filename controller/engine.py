@@ -100,6 +100,8 @@ class AsyncEngine:
 
         Raises `GroupLost` when it dies over it.
         """
+        if handle.replica.lost is not None:  # before anybody listened
+            raise handle.replica.lost
         self._slots[handle.index] = handle
         await self._canary(handle)
         handle.proven = True

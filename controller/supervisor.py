@@ -285,11 +285,14 @@ class Supervisor:
         ending = await self._engine.release(index)
         if self._slots[index].running:
             self._slots[index] = self._slots[index].stopped()
+        before = self._slots[index].failures
         try:
             if successor is not None:
                 await self._take_in(successor)
         except PhalanxError as error:
-            _log.error("replica-%d: %s", index, error)
+            # as in `_start_again`
+            if self._slots[index].failures == before:
+                self._fail(index, error)
         if ending is not None:
             await ending
         if successor is None:

@@ -62,14 +62,15 @@ async def main():
             return tokens
 
         expected = [await read(number) for number in range(STREAMS)]
-        for at_token, harm in ((1, "kill"), (30, "suspend")):
+        for groups, (at_token, harm) in enumerate(((1, "kill"), (30, "suspend")), REPLICAS + 1):
             answers = await asyncio.gather(
                 *(read(number, at_token if number == 0 else None, harm) for number in range(STREAMS))
             )
             assert answers == expected, (answers, expected)
             while True:
                 states = [item.state for item in (await client.cluster_state()).replicas]
-                if states == ["ready"] * REPLICAS:
+                # a stopped rank without streams is noticed later than they end
+                if states == ["ready"] * REPLICAS and len(FLEETS) == groups:
                     break
                 await asyncio.sleep(0.1)
         assert await client.healthy()

@@ -100,6 +100,8 @@ class World:
         self.epochs: dict[PlayedReplica, int] = {}
         self.replicas: dict[int, PlayedReplica] = {}
         self.failure: Exception | None = None
+        self.stillborn = False
+        """Whether the next group is lost before anybody takes it in."""
         self.takes_all = False
         """Whether a group that starts leaves no place free."""
         self.engine = AsyncEngine(MODEL, replicas)
@@ -120,6 +122,9 @@ class World:
         replica = PlayedReplica(self, index)
         replica.handle = ReplicaHandle(index, replica, facts, 16)  # type: ignore[arg-type]
         self.replicas[index], self.epochs[replica] = replica, epoch
+        if self.stillborn:
+            self.stillborn = False
+            replica.die(GroupLost("rank 0: gone at once"))
         return replica.handle
 
     def states(self) -> list[tuple[str, int, str]]:
@@ -274,5 +279,18 @@ def test_a_replica_whose_successor_does_not_start_runs_on() -> None:
         assert world.states() == [("ready", 1, "to be restarted")]
         world.failure = None
         await until(lambda: world.states() == [("ready", 1, "")])
+
+    play(scene)
+
+
+def test_a_successor_that_is_lost_before_it_is_taken_in_is_replaced_as_well() -> None:
+    async def scene(world: World) -> None:
+        running = world.ask("long", 9)
+        await until(lambda: bool(world.replicas[0].requests))
+        world.stillborn = True
+        world.supervisor.restart_all()
+        await until(lambda: world.states() == [("ready", 1, "")] and len(world.log) >= 4)
+        world.replicas[0].finish(world.replicas[0].requests[0])
+        assert (await running)[-1].finish is FinishReason.LENGTH
 
     play(scene)
