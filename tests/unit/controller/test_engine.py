@@ -50,8 +50,22 @@ STATS = SchedulerStats(
 )
 
 
+class NoTransfers:
+    """Of a replica whose ranks exchange no blocks."""
+
+    exchange = None
+
+    def withdraw(self, transfer: int) -> None:
+        pass
+
+    def give_up(self, transfer: int) -> None:
+        pass
+
+
 class PlayedReplica:
     """Holds what it was given; gives tokens when told to: token i of a sample is 10 + i."""
+
+    transfers = NoTransfers()
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine

@@ -50,8 +50,22 @@ REPORT = LoadReport(
 )
 
 
+class NoTransfers:
+    """Of a replica whose ranks exchange no blocks."""
+
+    exchange = None
+
+    def withdraw(self, transfer: int) -> None:
+        pass
+
+    def give_up(self, transfer: int) -> None:
+        pass
+
+
 class PlayedReplica:
     """Gives a request of one token its token; others wait until it dies or stops."""
+
+    transfers = NoTransfers()
 
     def __init__(self, world: World, index: int) -> None:
         self.world, self.index = world, index
