@@ -24,7 +24,16 @@ def tables(runs: Sequence[Run]) -> Iterator[Table]:
     for (trace, load), group in itertools.groupby(runs, lambda run: (run[0].trace, run[0].load)):
         shown = Table(title=f"{trace}, load {load:g}")
         shown.add_column("policy", no_wrap=True)
-        for column in ("TTFT mean", "p50", "p99", "good", "good/s", "hits", "places/s"):
+        for column in (
+            "TTFT mean",
+            "p50",
+            "p99",
+            "good",
+            "good/s",
+            "hits",
+            "places/s",
+            "place p99",
+        ):
             shown.add_column(column, justify="right")
         for setting, found in group:
             shown.add_row(
@@ -36,6 +45,7 @@ def tables(runs: Sequence[Run]) -> Iterator[Table]:
                 f"{found['goodput_per_s']:.0f}",
                 f"{found['hit_rate']:.1%}",
                 f"{found['decisions_per_s']:,.0f}",
+                f"{found['decision_p99_s'] * 1e3:.2f} ms",
             )
         yield shown
 
