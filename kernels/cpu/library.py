@@ -131,6 +131,8 @@ class Step(ctypes.Structure):
     ]
 
 
+INTERFACE = 2
+"""Counts changes of what crosses the interface; the library has the same number (native/api.cpp)."""
 MOST_GROUP, MOST_DIM, MOST_RANKS = 256, 1024, 64
 """Query heads that share a kv head, head dimension, ranks: kMostGroup, kMostDim, kMostRanks."""
 
@@ -161,12 +163,21 @@ def library_path() -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def _interface(library: ctypes.CDLL) -> int:
+    try:
+        return int(library.phx_interface())
+    except AttributeError:
+        return 0
+
+
 def load_library() -> ctypes.CDLL:
     """The library with its signatures declared. Raises `OSError` where there is none."""
     path = library_path()
     if path is None:
         raise OSError("they were not compiled when the package was installed")
     library = ctypes.CDLL(str(path))
+    if _interface(library) != INTERFACE:
+        raise OSError(f"{path.name} was compiled from other sources: install the package again")
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

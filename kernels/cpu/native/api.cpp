@@ -25,6 +25,10 @@ static void for_rows(Backend* b, int64_t rows, int64_t size, Body body) {
     }, rows <= grain);
 }
 
+// Counts changes of what crosses this interface: functions, structures, layouts of memory. Python's
+// side has the same number (library.py).
+PHX_EXPORT int32_t phx_interface() { return 2; }
+
 PHX_EXPORT Backend* phx_open(const char* isa_name, int threads) {
     const Isa* isa = find_isa(isa_name);
     return isa ? new (std::nothrow) Backend(isa, threads) : nullptr;

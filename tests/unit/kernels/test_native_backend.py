@@ -55,6 +55,12 @@ def test_plain_kernels_are_there_and_an_unknown_set_is_refused() -> None:
         NativeBackend(isa="altivec")
 
 
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.kernels.cpu.library.INTERFACE", -1)
+    with pytest.raises(OSError, match="compiled from other sources"):
+        NativeBackend()
+
+
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 48), (7, 0), (0, 9), (101, 33), (33, 700)])
