@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 
 from phalanx.protos.errors import PhalanxError
-from phalanx.protos.moves import MoveReport
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import Hello
@@ -59,10 +58,6 @@ class LocalFleet(ExchangingFleet):
     def receive(self, timeout_s: float) -> StepResult:
         """From the rank that answers."""
         return self._open().receive(timeout_s)
-
-    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
-        """From every rank."""
-        return self._open().moves(timeout_s)
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone."""

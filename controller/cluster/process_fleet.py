@@ -11,7 +11,6 @@ import time
 import msgspec
 
 from phalanx.protos.errors import ConfigError, GroupLost
-from phalanx.protos.moves import MoveReport
 from phalanx.protos.places import Invitation, Place
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
@@ -117,10 +116,6 @@ class ProcessFleet(ExchangingFleet):
     def receive(self, timeout_s: float) -> StepResult:
         """From the rank that answers."""
         return self._open().receive(timeout_s)
-
-    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
-        """From every rank."""
-        return self._open().moves(timeout_s)
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone."""

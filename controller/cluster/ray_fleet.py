@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from phalanx.controller.config import ClusterConfig
 from phalanx.protos.errors import ConfigError, GroupLost, PhalanxError
-from phalanx.protos.moves import MoveReport
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.wire import Hello
@@ -245,10 +244,6 @@ class RayFleet(ExchangingFleet):
             return links.load(spec, progress, self._start_timeout_s)
         except GroupLost as error:
             raise self._explained(error) from error
-
-    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
-        """From every rank."""
-        return self._open().moves(timeout_s)
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone."""
