@@ -34,6 +34,10 @@ def disagreements(config: ClusterConfig) -> list[str]:
             f"max_replicas is {config.max_replicas}, allowed: at least replicas "
             f"({config.num_replicas})"
         )
+    if config.disk_kv_path is not None and config.host_kv_memory is None:
+        wrong.append("disk_kv_path needs host_kv_memory, where blocks go first")
+    if config.host_kv_memory is not None and not config.prefix_caching:
+        wrong.append("host_kv_memory needs prefix_caching")
     wrong += foreign_formats(config.dtype, config.kv_dtype, config.device)
     if (config.tls_cert is None) != (config.tls_key is None):
         wrong.append("tls_cert and tls_key are given together or not at all")

@@ -141,6 +141,27 @@ class ClusterConfig:
         group="Advanced",
     )
     prefix_caching: bool = option(True, "Keep the KV blocks of past prompts for reuse.")
+    host_kv_memory: int | None = option(
+        None,
+        "Host memory of each rank for KV blocks that its pool has no room for.",
+        low=1,
+        unset="off",
+        size=True,
+        group="KV tiers",
+    )
+    disk_kv_path: str | None = option(
+        None,
+        "Folder for KV blocks that outlive the ranks; it holds what users write, transformed.",
+        unset="off",
+        group="KV tiers",
+    )
+    disk_kv_memory: int = option(
+        8 * 2**30,
+        "Size of each rank's part of that folder at most.",
+        low=1,
+        size=True,
+        group="KV tiers",
+    )
     state_slots: int | None = option(
         None,
         "Slots for the states of running requests and past prompts, of models with state spaces.",

@@ -125,6 +125,7 @@ class ReplicaHandle:
             prefix_hit_tokens=stats.prefix_hit,
             preemptions=stats.preemptions,
             steps=stats.steps,
+            tiers=stats.tiers,
         )
 
 

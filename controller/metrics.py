@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from .kvcache.tiers import TierStats
 from .movement.mover import Move
 from .observing import StepTimes
 
@@ -102,11 +103,21 @@ TABLE = (
     Row("move_seconds", Histogram, "From the begin of a hand-over to its end"),
     Row("move_gap_seconds", Histogram, "In which a stream stood still while it was handed over"),
     Row("preemptions", Counter, "Requests sent back to wait for want of KV blocks", "replica"),
+    Row("host_kv_blocks", Gauge, "KV blocks in host memory", "replica"),
+    Row("disk_kv_blocks", Gauge, "KV blocks on disk", "replica"),
+    Row("host_kv_hit_tokens", Counter, "Prompt tokens taken from host memory", "replica"),
+    Row("disk_kv_hit_tokens", Counter, "Prompt tokens taken from disk", "replica"),
+    Row("kv_loaded_bytes", Counter, "Bytes copied back into the KV pool", "replica"),
+    Row("kv_stored_bytes", Counter, "Bytes copied to host memory and to disk", "replica"),
+    Row("kv_load_seconds", Counter, "Time ranks spent copying back, a block at a time", "replica"),
+    Row("kv_declined_tokens", Counter, "Prompt tokens recomputed as that was faster", "replica"),
+    Row("kv_move_failures", Counter, "Copies that failed: damaged blocks, full disks", "replica"),
+    Row("kv_refused_files", Gauge, "Files of the disk tier that were not usable", "replica"),
 )
 
 
 class ReplicaStats(Protocol):
-    """A replica's state; the last three count since its start."""
+    """A replica's state; the last but the tiers count since its start."""
 
     @property
     def running(self) -> int: ...
@@ -122,6 +133,8 @@ class ReplicaStats(Protocol):
     def prefix_hit(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    @property
+    def tiers(self) -> TierStats | None: ...
 
 
 CUMULATIVE = {
@@ -156,7 +169,7 @@ class Metrics:
         self._rows = everything["step_rows"]
         self._tokens = everything["step_tokens"]
         self._replicas = threading.Lock()
-        self._last: dict[tuple[str, str], int] = {}
+        self._last: dict[tuple[str, str], float] = {}
 
     def on_commit(self, seconds: float, size: int) -> None:
         """The journal committed a batch, and keeps so many bytes now."""
@@ -246,10 +259,31 @@ class Metrics:
         self._all["kv_blocks_free"].labels(replica_id).set(stats.blocks_free)
         self._all["kv_use_ratio"].labels(replica_id).set(ratio)
         for attribute, name in CUMULATIVE.items():
-            value = getattr(stats, attribute)
-            last = self._last.get((replica_id, name), 0)
-            self._all[name].labels(replica_id).inc(value - last if value >= last else value)
-            self._last[replica_id, name] = value
+            self._grow(replica_id, name, getattr(stats, attribute))
+        if (tiers := stats.tiers) is not None:
+            self._set_tiers(replica_id, tiers)
+
+    def _set_tiers(self, replica_id: str, tiers: TierStats) -> None:
+        self._all["host_kv_blocks"].labels(replica_id).set(tiers.host_used)
+        self._all["disk_kv_blocks"].labels(replica_id).set(tiers.disk_used)
+        self._all["kv_refused_files"].labels(replica_id).set(tiers.refused)
+        loaded, tokens = tiers.loaded_host + tiers.loaded_disk, tiers.block_tokens
+        counts = {
+            "host_kv_hit_tokens": tiers.loaded_host * tokens,
+            "disk_kv_hit_tokens": tiers.loaded_disk * tokens,
+            "kv_loaded_bytes": loaded * tiers.block_bytes,
+            "kv_stored_bytes": (tiers.stored + tiers.written) * tiers.block_bytes,
+            "kv_load_seconds": tiers.load_s,
+            "kv_declined_tokens": tiers.declined * tokens,
+            "kv_move_failures": tiers.failed,
+        }
+        for name, value in counts.items():
+            self._grow(replica_id, name, value)
+
+    def _grow(self, replica_id: str, name: str, value: float) -> None:
+        last = self._last.get((replica_id, name), 0)
+        self._all[name].labels(replica_id).inc(value - last if value >= last else value)
+        self._last[replica_id, name] = value
 
     def serve(
         self,

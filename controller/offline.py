@@ -24,6 +24,7 @@ from .messages import Messages, Prompt, chat_request, generate_request
 from .model import ServedModel, resolve_model
 from .observing import Observer, Silent
 from .scheduling.request import FinishReason, Request, TokenEvent
+from .scheduling.scheduler import SchedulerStats
 from .server.admission import Admission, Admitted
 from .server.answer import Answer
 from .server.tokens import TokenTexts
@@ -43,6 +44,9 @@ SETTINGS = [
     "max_running",
     "max_in_flight",
     "prefix_caching",
+    "host_kv_memory",
+    "disk_kv_path",
+    "disk_kv_memory",
     "collectives",
     "threads",
     "start_timeout_s",
@@ -86,6 +90,11 @@ class Offline:
     def ranks(self) -> tuple[RankSnapshot, ...]:
         """What each rank holds."""
         return self._handle.snapshot(self._served.spec).ranks
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler has counted, as of its last step."""
+        return self._replica.stats()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **params: Any) -> list[Completion]:
         """Continue texts or lists of token ids, all at once; the answers come in their order.

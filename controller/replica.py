@@ -29,6 +29,8 @@ from .scheduling.scheduler import Scheduler, SchedulerStats
 IDLE_WAIT_S = 0.5
 ARRIVAL_WAIT_S = 0.002
 """Between two looks at ranks that are idle but for the blocks that they take in."""
+MOVES_WAIT_S = 0.002
+"""For ranks' words on moves, where no step is under way; a command waits for as long."""
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +167,8 @@ class Replica:
 
     def _turn(self) -> None:
         """One turn: commands, plans out, one result in."""
-        idle = not self._in_flight and not self._scheduler.has_work
+        scheduler = self._scheduler
+        idle = not self._in_flight and not scheduler.has_work and not scheduler.awaits_moves
         events = self._take_commands(wait=idle)
         events += self._scheduler.expire(time.monotonic())
         if idle:
@@ -173,9 +176,12 @@ class Replica:
         self._fill()
         if self._in_flight:
             events += self._receive()
-        elif self._scheduler.has_work:
+        elif scheduler.has_work and not scheduler.awaits_moves:
             self._fleet.check()
             events += self._take_commands(wait=True)
+        if scheduler.awaits_moves:
+            for _, report in self._fleet.moves(0.0 if self._in_flight else MOVES_WAIT_S):
+                scheduler.moved(report, time.monotonic())
         self._stats = self._scheduler.stats()
         self._hand_over(events)
         self.transfers.settle()
@@ -224,6 +230,8 @@ class Replica:
         free = max(self._last_result or 0.0, step.sent)
         overhead = received - free - result.execute_s
         self._last_result = received if self._in_flight or self._scheduler.has_work else None
+        if not step.rows:
+            return list(events)  # blocks were moved, nothing else
         self._observer.on_step(
             StepTimes(
                 schedule_s=step.schedule_s,

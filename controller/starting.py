@@ -13,14 +13,18 @@ import msgspec
 from rich.console import Console
 
 from phalanx.protos.errors import GroupLost
+from phalanx.protos.specs import TierSpec
 
 from .cluster.fleet import Fleet, RankFacts
 from .cluster.placement import MemoryPlan
-from .cluster.sizing import Node, size_group
+from .cluster.sizing import Node, plan_tiers, size_group
 from .config import ClusterConfig
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .kvcache.manager import KVCacheManager
+from .kvcache.opening import open_tiers
+from .kvcache.rates import MoveRates
+from .kvcache.tiers import LowerTiers
 from .loading import LoadingDisplay
 from .model import ServedModel
 from .observing import Observer
@@ -98,11 +102,16 @@ class ReplicaStarter:
         """A replica for slot `index` whose loop runs, of `tp` ranks a stage; None: as configured.
         Raises `ConfigError`, `ModelError` or `GroupLost`, leaving nothing behind."""
         with LoadingDisplay(self._console, f"replica-{index}") as display:
-            start = functools.partial(self._start_group, epoch, tp or self._config.tp, display)
-            fleet, facts, memory = await asyncio.to_thread(start)
+            start = functools.partial(
+                self._start_group, index, epoch, tp or self._config.tp, display
+            )
+            fleet, facts, memory, tiers = await asyncio.to_thread(start)
             display.account(facts, memory)
-        config, meter = self._config, PaceMeter(self._observer)
-        cache = self._make_cache(memory)
+        config = self._config
+        cache = self._make_cache(
+            memory, None if tiers is None else open_tiers(tiers, facts, memory.cache)
+        )
+        meter = PaceMeter(self._observer, None if cache.loads is None else cache.loads.rates)
         if config.most_replicas > 1:
             cache.track_changes(epoch)
 
@@ -137,8 +146,8 @@ class ReplicaStarter:
         return handle
 
     def _start_group(
-        self, epoch: int, tp: int, display: LoadingDisplay
-    ) -> tuple[PlacedFleet, list[RankFacts], MemoryPlan]:
+        self, index: int, epoch: int, tp: int, display: LoadingDisplay
+    ) -> tuple[PlacedFleet, list[RankFacts], MemoryPlan, TierSpec | None]:
         """Reserve places, size the cache for them, load."""
         config = self._config
         if tp != config.tp:
@@ -147,6 +156,9 @@ class ReplicaStarter:
         try:
             nodes = fleet.reserve()
             spec, memory = size_group(config, self._served, self._device, nodes, epoch=epoch)
+            spec = msgspec.structs.replace(
+                spec, tiers=plan_tiers(config, self._served, memory, index)
+            )
             facts = fleet.start(spec, display.progress)
         except BaseException:
             fleet.stop(at_once=True)
@@ -155,16 +167,19 @@ class ReplicaStarter:
         self._config = dataclasses.replace(
             self._config, dtype=spec.dtype, kv_dtype=spec.cache.dtype
         )
-        return fleet, facts, memory
+        return fleet, facts, memory, spec.tiers
 
-    def _make_cache(self, memory: MemoryPlan) -> KVCacheManager:
+    def _make_cache(self, memory: MemoryPlan, tiers: LowerTiers | None) -> KVCacheManager:
         config = self._config
+        block_bytes = max(rank.kv_per_token for rank in memory.ranks) * memory.cache.block_size
         return KVCacheManager(
             memory.cache.num_blocks,
             memory.cache.block_size,
             prefix_caching=config.prefix_caching,
             num_states=memory.cache.num_states,
             state_stride=config.state_stride or 0,
+            tiers=tiers,
+            rates=None if tiers is None else MoveRates(memory.cache.block_size, block_bytes),
             namespace=f"{self._served.checkpoint}:{config.dtype}:{config.kv_dtype}".encode(),
         )
 

@@ -305,6 +305,17 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Slots that each hold the states of one sequence or prefix, in all layers that have them."""
 
 
+class TierSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where blocks go that the pool has no room for. Numbers are equal on every rank."""
+
+    host_slots: int
+    """Blocks that host memory holds."""
+    disk_slots: int = 0
+    """Files that the disk holds, a block each; 0 = no disk."""
+    disk_folder: str = ""
+    """Of the replica, on each rank's own machine; ranks have folders of their own in it."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that one group of ranks needs to build its shard. Equal on every rank."""
 
@@ -324,6 +335,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     record_steps: bool = True
     """On a GPU, decode steps are recorded when the rank starts, and replayed."""
     epoch: int = 0
+    tiers: TierSpec | None = None
+    """Below the KV pool; None = no tiers."""
     tokenizer: str = ""
     """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""
     trace_endpoint: str = ""
@@ -352,3 +365,9 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     state_bytes: int = 0
     exchange: tuple[str, int] | None = None
     """Where the rank hands out KV blocks to other replicas' ranks."""
+    disk_slots: int = 0
+    """Of the disk tier as far as this rank can use it."""
+    disk_digests: bytes = b""
+    """Of the blocks found on disk, one after the other, the least recently written first."""
+    disk_refused: int = 0
+    """Files found there that are damaged or of something else."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .moves import Move
 from .sampling import SamplingParams
 
 
@@ -89,6 +90,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
     traces: list[str] = []
     """W3C `traceparent`s of spans that the ranks tell of this step under, `MAX_TRACES` at most; what
     they compute does not depend on it."""
+    moves: list[Move] = []
+    """Begun before `copies`: what is stored is as it was before this plan."""
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,7 @@ import struct
 import msgspec
 
 from .errors import GroupLost
+from .moves import MoveReport
 from .specs import LoadReport, WorkerSpec
 from .steps import StepPlan, StepResult
 from .transfers import Offer, Take, Taken, Withdraw
@@ -56,7 +57,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """End in good order."""
 
 
-FromRank = Hello | Progress | Failed | Beat | LoadReport | StepResult | Taken
+FromRank = Hello | Progress | Failed | Beat | LoadReport | StepResult | Taken | MoveReport
 ToRank = Start | StepPlan | Stop | Offer | Withdraw | Take
 
 _encoder = msgspec.msgpack.Encoder()

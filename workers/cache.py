@@ -18,6 +18,8 @@ from phalanx.protos.shards import Span, Stage, StateCut, convolved_channels
 from phalanx.protos.specs import CacheSpec, DecoderSpec, StateSpec
 from phalanx.protos.steps import BlockCopy
 
+from .kvblocks import BlockBytes
+
 
 class LayerState(NamedTuple):
     """What the state spaces of one layer carry on, by slot."""
@@ -92,6 +94,18 @@ class PagedCache:
     def num_bytes(self) -> int:
         """Size of the pool in bytes."""
         return self._pool.numel() * self._pool.element_size()
+
+    @property
+    def arrangement(self) -> list[tuple[int, ...]]:
+        """How kernels see the keys and values of a head's block: what its bytes mean."""
+        return [
+            tuple(pool.shape[2:]) for layer in self.layers[:1] for pool in (layer.key, layer.value)
+        ]
+
+    @property
+    def blocks(self) -> BlockBytes:
+        """Whole blocks, as bytes."""
+        return BlockBytes(self._pool)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, in order, in every layer."""

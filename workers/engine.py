@@ -39,6 +39,7 @@ from .sampling.grammars import Grammars
 from .sampling.logits import is_plainly_greedy
 from .sampling.plain import PlainChoice
 from .sampling.sampler import BROKEN, Sampled, Sampler, SampleRow
+from .tiers import RankTiers
 
 MOST_PENDING = 1
 """Steps whose tokens the host has not read, when the next one is queued."""
@@ -86,6 +87,7 @@ class Engine:
             spare_blocks=self._recorder is not None,
             arrange=pool_arrangement(backend, dtype),
         )
+        self.tiers = RankTiers(spec, stage, group.rank, part.heads.kv, self._cache)
         self._states: StatePool | None = None
         if model.state is not None and part.state is not None:
             slots = spec.cache.num_states
@@ -182,6 +184,7 @@ class Engine:
                 self._graphs.forget(seq)
         for new in plan.new:
             self._sequences[new.seq] = SequenceState.of(new)
+        self.tiers.begin(plan)
         self._cache.copy_blocks(plan.copies)
         if not plan.rows:
             return PendingStep.done(self._result(plan, started))
@@ -240,9 +243,8 @@ class Engine:
                     tokens.append(SampledToken(state.seq, token))
             return self._result(plan, started, tokens, failures)
 
-        step = PendingStep(finish, lambda: chosen.download.arrived)
-        self._pending.append(step)
-        return step
+        self._pending.append(PendingStep(finish, lambda: chosen.download.arrived))
+        return self._pending[-1]
 
     def _settle(self, most: int) -> None:
         """Read the tokens of all queued steps but the last `most`."""

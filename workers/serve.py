@@ -142,7 +142,8 @@ def _serve(
         if exchange is not None:
             stack.callback(exchange.close)
             report = msgspec.structs.replace(report, exchange=exchange.address)
-        voice.say(report)
+        stack.callback(engine.tiers.close)
+        voice.say(engine.tiers.open(report, voice.say))
         voice.beat()
         answers = hello.rank == start.spec.answering_rank
         answer: Callable[[StepResult], None] = voice.say if answers else lambda result: None

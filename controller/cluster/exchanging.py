@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from phalanx.protos.errors import TransferFailed
+from phalanx.protos.moves import MoveReport
 from phalanx.protos.transfers import Exchange, Offer, Take, Taken, Withdraw
 
 from .link import RankLinks
@@ -27,3 +28,7 @@ class ExchangingFleet:
     def drain_taken(self) -> list[tuple[int, Taken]]:
         """What ranks have said of transfers."""
         return [] if self._links is None else self._links.drain_taken()
+
+    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
+        """What ranks have said of moves between tiers, waiting so long for the first word."""
+        return [] if self._links is None else self._links.moves(timeout_s)

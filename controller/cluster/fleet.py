@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from phalanx.protos.errors import ConfigError
+from phalanx.protos.moves import MoveReport
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.transfers import Exchange, Offer, Take, Taken, Withdraw
@@ -48,6 +49,10 @@ class Fleet(Protocol):
     def receive(self, timeout_s: float) -> StepResult:
         """The answer to the oldest plan without one. Raises `GroupLost` when a rank died, when
         ranks disagree, or after `timeout_s` seconds."""
+
+    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
+        """What ranks have said of moves since the last call, waiting so long for the first word;
+        with rank numbers. Raises `GroupLost` as `receive` does."""
 
     def check(self) -> None:
         """Raise `GroupLost` if a rank has gone, without waiting; for idle times."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from phalanx.protos.errors import ConfigError, GroupLost, ModelError, PhalanxError
+from phalanx.protos.moves import MoveReport
 from phalanx.protos.specs import LoadReport, WorkerSpec
 from phalanx.protos.steps import StepPlan, StepResult
 from phalanx.protos.transfers import Exchange, Offer, Take, Taken, Withdraw, exchange_key
@@ -56,6 +57,7 @@ class RankLinks:
         self.secret = secrets.token_bytes(32)
         self._silence_timeout_s = silence_timeout_s
         self._heard: dict[int, float] = {}
+        self._moves: list[tuple[int, MoveReport]] = []
         self._loaded = False
         self._answering = 0
         self._size, self._epoch = size, epoch
@@ -166,11 +168,18 @@ class RankLinks:
         """Between steps ranks have nothing to say but that they live. Does not wait."""
         while ready := self._selector.select(0):
             rank, message = self._read(ready)
-            if isinstance(message, Taken):
-                self._taken.append((rank, message))
-            elif not isinstance(message, Beat):
+            if message is not None:
                 raise GroupLost(f"rank {rank} sent {type(message).__name__} unasked")
         self._check_silence()
+
+    def moves(self, timeout_s: float) -> list[tuple[int, MoveReport]]:
+        """What ranks have said of moves since the last call; waits so long for the first word,
+        between steps."""
+        if not self._moves and timeout_s > 0:
+            self._selector.select(timeout_s)
+            self.check()
+        said, self._moves = self._moves, []
+        return said
 
     def _broadcast(self, frame: bytes) -> None:
         for rank, connection in enumerate(self._ranks):
@@ -182,16 +191,15 @@ class RankLinks:
                 raise GroupLost(f"rank {rank}: connection lost") from error
 
     def _next(self, timeout_s: float) -> tuple[int, _Message]:
-        """The next message of any rank but beats; trouble of any rank ends the group."""
+        """The next message of any rank but beats and reports of moves; trouble of any rank ends the
+        group."""
         deadline = time.monotonic() + timeout_s
         while True:
             left = deadline - time.monotonic()
             ready = self._selector.select(max(min(left, LISTEN_S), 0))
             if ready:
                 rank, message = self._read(ready)
-                if isinstance(message, Taken):
-                    self._taken.append((rank, message))
-                elif not isinstance(message, Beat):
+                if message is not None:
                     return rank, message
                 continue
             # only now: what has been said waits to be read even if we were the ones who slept
@@ -199,10 +207,8 @@ class RankLinks:
             if left <= 0:
                 raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
 
-    def _read(
-        self, ready: list[tuple[selectors.SelectorKey, int]]
-    ) -> tuple[int, _Message | Beat | Taken]:
-        """One message of one of the sockets that can be read."""
+    def _read(self, ready: list[tuple[selectors.SelectorKey, int]]) -> tuple[int, _Message | None]:
+        """One message of one of the sockets that can be read; None for one that is kept here."""
         # a closed or complaining rank goes before a result, so look at the others first
         key = min(ready, key=lambda item: int(item[0].data) == self._answering)[0]
         rank, connection = int(key.data), key.fileobj
@@ -216,7 +222,11 @@ class RankLinks:
             kind = _KNOWN_ERRORS.get(message.kind, GroupLost)
             raise kind(f"rank {rank}: {message.message}")
         self._heard[rank] = time.monotonic()
-        return rank, message
+        if isinstance(message, MoveReport):
+            self._moves.append((rank, message))
+        elif isinstance(message, Taken):
+            self._taken.append((rank, message))
+        return rank, None if isinstance(message, MoveReport | Taken | Beat) else message
 
     def _check_silence(self) -> None:
         """A process that is stopped, or cut off, closes no socket; it only falls silent."""

@@ -10,7 +10,7 @@ from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.recording import records_steps
-from phalanx.protos.specs import DType, WorkerSpec, activation_dtype, foreign_formats
+from phalanx.protos.specs import DType, TierSpec, WorkerSpec, activation_dtype, foreign_formats
 
 from .placement import MemoryPlan, plan_memory
 from .recording import recorded_bytes
@@ -78,9 +78,11 @@ def plan_unplaced(config: ClusterConfig, served: ServedModel) -> MemoryPlan:
     if config.memory_per_rank is not None:
         memory = [config.memory_per_rank] * config.ranks_per_replica
     kv_tokens = config.kv_tokens or (served.max_context if memory is None else None)
-    return plan_config(
+    plan = plan_config(
         config, served, auto_dtype="bfloat16", memory_per_rank=memory, kv_tokens=kv_tokens
     )
+    plan_tiers(config, served, plan)
+    return plan
 
 
 def size_group(
@@ -142,6 +144,34 @@ def size_group(
     return spec, result
 
 
+def plan_tiers(
+    config: ClusterConfig, served: ServedModel, plan: MemoryPlan, replica: int = 0
+) -> TierSpec | None:
+    """The tiers below the pool of a replica, if any are wanted.
+
+    Raises `ConfigError` where the model or the memory has no use for them.
+    """
+    if config.host_kv_memory is None:
+        return None
+    if served.spec.state is not None:
+        raise ConfigError(
+            "host_kv_memory: a model with state spaces keeps states beside its KV blocks, which "
+            "cannot be moved; allowed: off"
+        )
+    block_bytes = max(rank.kv_per_token for rank in plan.ranks) * plan.cache.block_size
+    host, disk = config.host_kv_memory // block_bytes, 0
+    if config.disk_kv_path is not None:
+        disk = config.disk_kv_memory // block_bytes
+    wanted = {"host_kv_memory": (config.host_kv_memory, host)}
+    if config.disk_kv_path is not None:
+        wanted["disk_kv_memory"] = (config.disk_kv_memory, disk)
+    for name, (size, blocks) in wanted.items():
+        if not blocks:
+            raise ConfigError(f"{name} is {size}, allowed: at least a KV block, {block_bytes}")
+    folder = f"{config.disk_kv_path}/replica-{replica}" if disk else ""
+    return TierSpec(host_slots=host, disk_slots=disk, disk_folder=folder)
+
+
 def _modest(plan: MemoryPlan, max_context: int) -> tuple[int, int | None]:
     """Tokens and slots for states of a plan, but no more than a host shared with others gives."""
     widest = max(rank.kv_per_token for rank in plan.ranks)
@@ -163,6 +193,8 @@ def _memory_per_rank(
     if device == "cuda":
         return [int(node.memory_available * GPU_PART) for node in nodes]
     ranks = Counter(node.address for node in nodes)
+    tier = config.host_kv_memory or 0
     # replicas that are not yet loaded want their part of the same memory
     shares = {address: count * config.num_replicas for address, count in ranks.items()}
-    return [int(node.memory_available * CPU_PART) // shares[node.address] for node in nodes]
+    parts = (int(node.memory_available * CPU_PART) // shares[node.address] for node in nodes)
+    return [max(part - tier, 0) for part in parts]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from phalanx.controller.kvcache.tiers import TierStats
+
 ReplicaPhase = Literal["starting", "ready", "draining", "lost", "degraded"]
 
 
@@ -49,6 +51,8 @@ class ReplicaSnapshot:
     tp_desired: int = 0
     condition: str = ""
     outdated: bool = False
+    tiers: TierStats | None = None
+    """Below the KV pool; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,10 +59,27 @@ def estimate_table(placement: Any) -> Table:
 
     table = plain_table()
     table.add_column("replica")
-    for name in ("cached", "queued", "streams", "prefill", "streams ms", "wait", "others", "sum"):
+    for name in (
+        "cached",
+        "queued",
+        "streams",
+        "prefill",
+        "load",
+        "streams ms",
+        "wait",
+        "others",
+        "sum",
+    ):
         table.add_column(name, justify="right")
     for item in placement.estimates:
-        times = (item.prefill_s, item.streams_s, item.wait_s, item.disturbance_s, item.cost_s)
+        times = (
+            item.prefill_s,
+            item.load_s,
+            item.streams_s,
+            item.wait_s,
+            item.disturbance_s,
+            item.cost_s,
+        )
         table.add_row(
             item.replica_id,
             str(item.cached_tokens),

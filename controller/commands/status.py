@@ -34,6 +34,9 @@ def status(connection: Connection) -> None:
     for replica in state.replicas:
         if replica.condition:
             console.print(f"{replica.replica_id}: {replica.condition}", markup=False)
+    if any(replica.host_blocks_total for replica in state.replicas):
+        console.print()
+        console.print(tier_table(state.replicas))
     console.print()
     console.print(rank_table(state.replicas))
 
@@ -62,6 +65,30 @@ def replica_table(replicas: Any) -> Table:
             _ratio(replica.prefix_hit_tokens, replica.prefix_queried_tokens),
             str(replica.preemptions),
             str(replica.steps),
+        )
+    return table
+
+
+def tier_table(replicas: Any) -> Table:
+    """One line a replica: what lies below its KV pool."""
+    from .terminal import plain_table
+
+    table = plain_table()
+    table.add_column("replica")
+    names = ("host\ntokens", "used", "host\nhits", "disk\ntokens", "used", "disk\nhits", "failed")
+    for name in names:
+        table.add_column(name, justify="right")
+    for replica in replicas:
+        size = replica.kv_block_tokens
+        table.add_row(
+            replica.replica_id,
+            str(replica.host_blocks_total * size),
+            _ratio(replica.host_blocks_used, replica.host_blocks_total),
+            str(replica.host_hit_tokens),
+            str(replica.disk_blocks_total * size),
+            _ratio(replica.disk_blocks_used, replica.disk_blocks_total),
+            str(replica.disk_hit_tokens),
+            str(replica.move_failures),
         )
     return table
 

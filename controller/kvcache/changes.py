@@ -5,8 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 KEY_BYTES = 8
+
+
+class Tier(IntEnum):
+    """Where a replica holds a block; the lowest number but NONE is the fastest."""
+
+    NONE = 0
+    DEVICE = 1
+    HOST = 2
+    DISK = 3
 
 
 def prefix_key(digest: bytes) -> int:
@@ -34,7 +44,8 @@ class PrefixUpdate:
     keys: array[int] = field(default_factory=lambda: array("Q"))
     """8-byte names, see `prefix_key`."""
     added: bytes = b""
-    """For each key: 1 if it came, 0 if it went."""
+    """For each key the fastest `Tier` that holds it now. In a listing, empty if that is the device
+    for all."""
     listing: bool = False
 
     @property
@@ -51,19 +62,19 @@ class ChangeLog:
         self._keys, self._added = array("Q"), bytearray()
         self._listing_due = True
 
-    def record(self, digest: bytes, *, added: bool) -> None:
-        """A digest was indexed, or is no longer."""
+    def record(self, digest: bytes, tier: Tier) -> None:
+        """The fastest tier that holds a digest is another one now."""
         self._keys.append(prefix_key(digest))
-        self._added.append(added)
+        self._added.append(tier)
 
     def ask_listing(self) -> None:
         """Let the next update be a listing, for a reader who has missed something."""
         self._listing_due = True
 
-    def drain(self, held: Callable[[], Iterable[bytes]]) -> PrefixUpdate | None:
+    def drain(self, held: Callable[[], Iterable[tuple[bytes, Tier]]]) -> PrefixUpdate | None:
         """What happened since the last call, None if nothing. The first update is a listing.
 
-        held: gives all digests that are indexed now; called for a listing only.
+        held: gives all digests that are held now, with their tiers; called for a listing only.
         """
         if not self._keys and not self._listing_due:
             return None
@@ -72,6 +83,12 @@ class ChangeLog:
         self._keys, self._added = array("Q"), bytearray()
         if self._listing_due:
             self._listing_due = False
-            everything = array("Q", map(prefix_key, held()))
-            return PrefixUpdate(epoch=self._epoch, first=self._next, keys=everything, listing=True)
+            everything, tiers = array("Q"), bytearray()
+            for digest, tier in held():
+                everything.append(prefix_key(digest))
+                tiers.append(tier)
+            added = b"" if set(tiers) <= {Tier.DEVICE} else bytes(tiers)
+            return PrefixUpdate(
+                epoch=self._epoch, first=self._next, keys=everything, added=added, listing=True
+            )
         return PrefixUpdate(epoch=self._epoch, first=first, keys=keys, added=added)

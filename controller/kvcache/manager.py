@@ -12,34 +12,18 @@ what makes two things safe:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 from phalanx.protos.steps import BlockCopy, StateUse
 
 from .blocks import BlockPool, require
-from .changes import ChangeLog, PrefixUpdate
+from .changes import ChangeLog, PrefixUpdate, Tier
+from .loading import BlockLoads
 from .prefix import DigestChain, PrefixIndex, PrefixNaming
+from .rates import MoveRates
 from .states import StateSlots
-
-
-@dataclass(slots=True)
-class _Table:
-    """One sequence's blocks, in order; the first `num_committed` have been offered to the index."""
-
-    blocks: list[int]
-    chain: DigestChain | None
-    num_committed: int
-    goals: frozenset[int] = frozenset()
-    """Numbers of leading blocks whose state is to be kept."""
-
-
-class Fork(NamedTuple):
-    """A forked table, and the copy that the plan must order if a block was only partly shared."""
-
-    blocks: list[int]
-    copy: BlockCopy | None
+from .tables import Fork, Table
+from .tiers import LowerTiers
 
 
 class KVCacheManager:
@@ -56,6 +40,7 @@ class KVCacheManager:
     num_states: slots of the state pool, of a model with state spaces. Its sequences hold a slot
     beside their blocks, and begin only where the state is known: see `states.py`. States are kept
     at the end of a prompt, where it parts from others', and every `state_stride` tokens, 0 = not.
+    tiers, rates: what lies below the pool and how fast it is, both or none; not with states.
     """
 
     def __init__(
@@ -67,6 +52,8 @@ class KVCacheManager:
         namespace: bytes = b"",
         num_states: int = 0,
         state_stride: int = 0,
+        tiers: LowerTiers | None = None,
+        rates: MoveRates | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens: both must be at least 1")
@@ -75,10 +62,14 @@ class KVCacheManager:
         self._prefix_caching = prefix_caching
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
-        self._tables: dict[int, _Table] = {}
+        self._tables: dict[int, Table] = {}
         self._log: ChangeLog | None = None
         self._states = StateSlots(num_states) if num_states else None
         self._state_stride = self.blocks_for(state_stride)
+        self.loads: BlockLoads | None = None
+        if tiers is not None and rates is not None:
+            self.loads = BlockLoads(tiers, rates, self._index, self, block_size)
+            tiers.on_change = self._on_lower_change
 
     @property
     def states(self) -> StateSlots | None:
@@ -164,9 +155,9 @@ class KVCacheManager:
             return None
         goals = self._goals(chain)
         for block in cached:
-            self._share(block)
-        blocks = [*cached, *self._take(fresh)]
-        self._tables[seq] = _Table(blocks, chain, len(cached), goals)
+            self.share(block)
+        blocks = [*cached, *self.take(fresh)]
+        self._tables[seq] = Table(blocks, chain, len(cached), goals)
         if self._states is not None:
             known = chain.digests[len(cached) - 1] if chain is not None and cached else None
             self._states.open(seq, known)
@@ -217,7 +208,7 @@ class KVCacheManager:
         missing = max(self.blocks_for(num_tokens) - len(table.blocks), 0)
         if missing > self.num_free:
             return None
-        added = self._take(missing)
+        added = self.take(missing)
         table.blocks += added
         return added
 
@@ -252,9 +243,9 @@ class KVCacheManager:
         if fresh + reserve > self.num_free or not self._has_state_room:
             return None
         for block in source[:full]:
-            self._share(block)
-        added = self._take(fresh)
-        self._tables[seq] = _Table([*source[:full], *added], chain, full)
+            self.share(block)
+        added = self.take(fresh)
+        self._tables[seq] = Table([*source[:full], *added], chain, full)
         if self._states is not None:
             self._states.open(seq, parent)
         copy = BlockCopy(source[full], added[0]) if partial else None
@@ -266,8 +257,8 @@ class KVCacheManager:
         self._refuse_second_table(name)
         held = list(blocks)
         for block in held:
-            self._share(block)
-        self._tables[name] = _Table(held, None, len(held))
+            self.share(block)
+        self._tables[name] = Table(held, None, len(held))
 
     def commit(self, seq: int, num_computed: int) -> None:
         """Offer the full blocks among the first `num_computed` tokens to the prefix index.
@@ -290,15 +281,14 @@ class KVCacheManager:
         # last block first: of a prefix that is no longer used, the end is evicted before the
         # start, without which the end could not be matched
         for block in reversed(self._tables.pop(seq).blocks):
-            if self._pool.drop(block):
-                if self._index.holds(block):
-                    self._index.retire(block)
-                else:
-                    self._pool.free(block)
+            self.let_go(block)
 
     def forget(self, chain: DigestChain | None) -> None:
         """Make the chain's content unmatchable: a rank reported it as broken (NaN)."""
         for digest in () if chain is None else chain.digests:
+            if self.loads is not None:
+                self.loads.forget(digest)
+                self.loads.tiers.forget(digest, self._index.find(digest))
             block = self._index.forget(digest)
             if block is not None:
                 self._pool.free(block)
@@ -311,7 +301,19 @@ class KVCacheManager:
 
     def drain_changes(self) -> PrefixUpdate | None:
         """The prefixes that came and went since the last call; None if there are none."""
-        return None if self._log is None else self._index.drain()
+        return None if self._log is None else self._log.drain(self._held)
+
+    def _held(self) -> Iterator[tuple[bytes, Tier]]:
+        """All that is cached in any tier, with the fastest."""
+        for digest in self._index.digests():
+            yield digest, Tier.DEVICE
+        for digest, tier in self.loads.tiers.contents() if self.loads is not None else ():
+            if self._index.find(digest) is None:
+                yield digest, tier
+
+    def _on_lower_change(self, digest: bytes) -> None:
+        if self._log is not None and self.loads is not None and self._index.find(digest) is None:
+            self._log.record(digest, self.loads.tiers.tier(digest))
 
     def list_prefixes(self) -> None:
         """Let the next `drain_changes` list everything that is indexed."""
@@ -337,12 +339,15 @@ class KVCacheManager:
             )
             require(table.num_committed <= len(table.blocks), f"sequence {seq} committed too much")
             references.update(table.blocks)
+        if self.loads is not None:
+            self.loads.check_integrity()
+            references.update(self.loads.references)
         free, idle = self._pool.free_blocks(), self._index.idle_blocks()
         for block in range(self.num_blocks):
             require(
                 self._pool.references(block) == references[block],
                 f"block {block} counts {self._pool.references(block)} references, "
-                f"{references[block]} tables hold it",
+                f"{references[block]} tables and loads hold it",
             )
             states = (block in free) + (block in idle) + (references[block] > 0)
             require(states == 1, f"block {block} is in {states} states")
@@ -351,12 +356,31 @@ class KVCacheManager:
     def _refuse_second_table(self, seq: int) -> None:
         require(seq not in self._tables, f"sequence {seq} already has a table")
 
-    def _share(self, block: int) -> None:
+    def share(self, block: int) -> None:
+        """One more reference to an indexed block."""
         self._index.revive(block)
         self._pool.refer(block)
 
-    def _take(self, count: int) -> list[int]:
-        """`count` blocks, referenced once; idle ones are evicted only when no other is free."""
+    def take(self, count: int) -> list[int]:
+        """`count` blocks, referenced once; idle ones are evicted only when no other is free.
+
+        Precondition: so many are free. Whoever takes blocks outside of a table lets them go.
+        """
         for _ in range(count - self._pool.num_free):
-            self._pool.free(self._index.evict())
+            block, digest = self._index.evict()
+            if self.loads is not None:
+                self.loads.tiers.evict(digest, block)
+                self._on_lower_change(digest)
+            self._pool.free(block)
         return [self._pool.take() for _ in range(count)]
+
+    def let_go(self, block: int) -> None:
+        """One reference less. The block is idle or free if it was the last."""
+        if not self._pool.drop(block):
+            return
+        if not self._index.holds(block):
+            self._pool.free(block)
+            return
+        self._index.retire(block)
+        if self.loads is not None:
+            self.loads.tiers.offer(self._index.digest(block), block)

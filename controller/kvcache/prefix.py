@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .blocks import require
-from .changes import ChangeLog, PrefixUpdate
+from .changes import ChangeLog, Tier
 
 WALK_BLOCKS = 32
 """Blocks whose tokens are packed at once by a walk, which may end at any block."""
@@ -119,13 +119,13 @@ class PrefixIndex:
         self._log: ChangeLog | None = None
 
     def track_changes(self, epoch: int) -> ChangeLog:
-        """Begin to record what comes and goes; the log is to be drained through `drain`."""
+        """Begin to record what comes and goes."""
         self._log = ChangeLog(epoch)
         return self._log
 
-    def drain(self) -> PrefixUpdate | None:
-        """What came and went since the last call; None if nothing did, or nothing is recorded."""
-        return None if self._log is None else self._log.drain(lambda: self._block_of)
+    def digests(self) -> Iterator[bytes]:
+        """All that is indexed."""
+        yield from self._block_of
 
     @property
     def num_idle(self) -> int:
@@ -147,7 +147,7 @@ class PrefixIndex:
             self._block_of[digest] = block
             self._digest_of[block] = digest
             if self._log is not None:
-                self._log.record(digest, added=True)
+                self._log.record(digest, Tier.DEVICE)
 
     def holds(self, block: int) -> bool:
         """Whether the block is indexed."""
@@ -161,14 +161,19 @@ class PrefixIndex:
         """An indexed block is referred to again, or already was."""
         self._idle.pop(block, None)
 
-    def evict(self) -> int:
-        """Forget the least recently used idle block and return it. Needs `num_idle` > 0."""
+    def digest(self, block: int) -> bytes:
+        """The name of an indexed block's content."""
+        return self._digest_of[block]
+
+    def evict(self) -> tuple[int, bytes]:
+        """Forget the least recently used idle block; itself and what it held. Needs `num_idle` >
+        0."""
         block, _ = self._idle.popitem(last=False)
         digest = self._digest_of.pop(block)
         del self._block_of[digest]
         if self._log is not None:
-            self._log.record(digest, added=False)
-        return block
+            self._log.record(digest, Tier.NONE)
+        return block, digest
 
     def forget(self, digest: bytes) -> int | None:
         """Forget this content; the block that held it if it was idle, which is the caller's now."""
@@ -177,7 +182,7 @@ class PrefixIndex:
             return None
         del self._digest_of[block]
         if self._log is not None:
-            self._log.record(digest, added=False)
+            self._log.record(digest, Tier.NONE)
         if block not in self._idle:
             return None
         del self._idle[block]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from phalanx.controller.kvcache.rates import CAUTION
+
+from .index import Lower
 from .pace import Pace
 from .router import DISTURBANCE, SUCCESSORS, UNMEASURED, Candidate, Decision, Request, Work
 
@@ -102,11 +105,17 @@ class Loads:
         if None not in (pace.tokens_per_s, pace.step_s, pace.stream_s):
             self._unmeasured.discard(index)
 
-    def choose(self, request: Request, runs: Sequence[tuple[int, int]] = ()) -> Decision:
+    def choose(
+        self,
+        request: Request,
+        runs: Sequence[tuple[int, int]] = (),
+        lower: Mapping[int, Lower] | None = None,
+    ) -> Decision:
         """The cheapest replica. There must be one.
 
         runs: (tokens cached, the replicas that have just these, as a bit mask); the others have
-        none. O(replicas), in a dozen passes over vectors.
+        none. lower: how many of these tokens are below the pool, by replica. O(replicas), in a
+        dozen passes over vectors.
         """
         self._refresh()
         size = len(self._rows)
@@ -114,24 +123,51 @@ class Loads:
         for tokens, holders in runs:
             cached[_members(holders & (1 << size) - 1, size)] = tokens
         base, each, streams, places, place_s, held, room, token_s = self._columns[:, :size]
+        load_s = self._load(cached, lower) if lower else {}
         uncached = request.tokens - cached
         crowd_s = np.minimum(np.maximum(request.samples - places, 0.0), streams) * place_s
         lacking = np.maximum(uncached + (request.output_tokens - room), 0.0)
         cost = base + uncached * each
         cost += np.maximum(crowd_s, np.minimum(lacking, held) * token_s)
+        for index, seconds in load_s.items():
+            cost[index] += seconds
         first = int(cost.argmin())
         few = range(size) if size <= EXPLAINED else cost.argpartition(EXPLAINED)[:EXPLAINED]
         others = sorted((float(cost[i]), int(i)) for i in few if i != first and cost[i] < np.inf)
         chosen = [first, *(index for _, index in others)][:EXPLAINED]
-        compared = tuple(self._candidate(index, int(cached[index])) for index in chosen)
+        compared = tuple(
+            self._candidate(index, int(cached[index]), load_s.get(index, 0.0)) for index in chosen
+        )
         return Decision(first, request, compared, self._count)
 
-    def _candidate(self, index: int, cached_tokens: int) -> Candidate:
+    def _load(self, cached: Vector, lower: Mapping[int, Lower]) -> dict[int, float]:
+        """Seconds to bring tokens back into the pools; where computing them is faster, they are
+        taken out of `cached`."""
+        seconds: dict[int, float] = {}
+        for index, below in lower.items():
+            row = self._rows[index] if index < len(self._rows) else None
+            if row is None:
+                continue
+            each_s = self._pace(index, row).tokens_per_s
+            for tokens, token_s in zip(below, row.pace.below, strict=True):
+                if tokens and token_s is not None and token_s * (each_s or 1.0) < CAUTION:
+                    seconds[index] = seconds.get(index, 0.0) + tokens * token_s
+                else:
+                    cached[index] -= tokens
+        return seconds
+
+    def _candidate(self, index: int, cached_tokens: int, load_s: float) -> Candidate:
         row = self._rows[index]
         if row is None:
             raise LookupError(f"replica {index} takes no requests")
         return Candidate(
-            index, cached_tokens, row.work, row.places, row.room, self._pace(index, row)
+            index,
+            cached_tokens,
+            row.work,
+            row.places,
+            row.room,
+            self._pace(index, row),
+            load_s,
         )
 
     def _pace(self, index: int, row: _Row) -> Pace:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phalanx.controller.kvcache.changes import Tier
+from phalanx.controller.kvcache.rates import MoveRates
 from phalanx.controller.observing import Observer, StepTimes
 
 KEEP = 0.9
@@ -20,6 +22,15 @@ class Pace:
     """Seconds of a step in which streams only get their next token."""
     stream_s: float | None = None
     """The share of one stream in such a step, seconds."""
+    host_token_s: float | None = None
+    """Seconds to bring a token's keys and values back from host memory."""
+    disk_token_s: float | None = None
+    """The same from disk."""
+
+    @property
+    def below(self) -> tuple[float | None, float | None]:
+        """The last two, in the order of tiers."""
+        return self.host_token_s, self.disk_token_s
 
 
 class PaceMeter:
@@ -30,10 +41,17 @@ class PaceMeter:
     replaced as a whole, so that another thread may read it.
     """
 
-    def __init__(self, inner: Observer) -> None:
-        self._inner = inner
+    def __init__(self, inner: Observer, rates: MoveRates | None = None) -> None:
+        """rates: of the tiers below the pool, if there are any."""
+        self._inner, self._rates = inner, rates
         self._prefill_tokens = self._prefill_s = 0.0
-        self.pace = Pace()
+        self.pace = self._pace(None, None, None)
+
+    def _pace(self, rate: float | None, step_s: float | None, stream_s: float | None) -> Pace:
+        if self._rates is None:
+            return Pace(rate, step_s, stream_s)
+        host_s, disk_s = (self._rates.token_s(tier) for tier in (Tier.HOST, Tier.DISK))
+        return Pace(rate, step_s, stream_s, host_s, disk_s)
 
     def on_step(self, times: StepTimes) -> None:
         """A step was executed."""
@@ -46,11 +64,11 @@ class PaceMeter:
             self._prefill_tokens = KEEP * self._prefill_tokens + times.tokens
             self._prefill_s = KEEP * self._prefill_s + seconds
             rate = self._prefill_tokens / self._prefill_s
-            self.pace = Pace(rate, pace.step_s, pace.stream_s)
+            self.pace = self._pace(rate, pace.step_s, pace.stream_s)
         elif times.tokens == times.rows:
             step_s = _mean(pace.step_s, seconds)
             stream_s = _mean(pace.stream_s, seconds / times.rows)
-            self.pace = Pace(pace.tokens_per_s, step_s, stream_s)
+            self.pace = self._pace(pace.tokens_per_s, step_s, stream_s)
 
     def on_queue_time(self, seconds: float) -> None:
         """A request waited this long for its first step."""

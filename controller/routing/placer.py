@@ -11,7 +11,7 @@ from typing import NamedTuple
 from phalanx.controller.kvcache.changes import prefix_key
 from phalanx.controller.kvcache.prefix import PrefixNaming
 
-from .index import GlobalPrefixIndex
+from .index import GlobalPrefixIndex, Lower
 from .lengths import OutputLengths
 from .loads import Loads
 from .router import Decision, Request
@@ -76,8 +76,13 @@ class Placer:
         block_size: int,
     ) -> Decision:
         """The same for a prompt whose blocks are named already."""
-        runs = [(blocks * block_size, holders) for blocks, holders in self.index.runs(keys)]
-        decision = self.loads.choose(request, runs)
+        found, below = self.index.lookup(keys)
+        runs = [(blocks * block_size, holders) for blocks, holders in found]
+        lower = {
+            replica: Lower(blocks.host * block_size, blocks.disk * block_size)
+            for replica, blocks in below.items()
+        }
+        decision = self.loads.choose(request, runs, lower)
         self._placements.append(Placement(tenant, request_id, decision))
         _log.debug("request %r: %s", request_id, decision)
         return decision

@@ -55,7 +55,9 @@ class Candidate(NamedTuple):
     room: int | None = None
     """Tokens that its KV pool holds; None: no bound."""
     pace: Pace = UNMEASURED
-    """Measured, all three."""
+    """Measured, the first three."""
+    load_s: float = 0.0
+    """To bring those of the cached tokens back into the pool that are below it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +74,15 @@ class Estimate:
     """For the streams that share its steps."""
     wait_s: float
     """Until a place is free and the KV pool has room, where it has not."""
+    load_s: float
+    """To bring cached tokens back into the KV pool."""
     disturbance_s: float
     """What the streams there and those who come later lose, as weighted."""
 
     @property
     def predicted_s(self) -> float:
         """Until the first token."""
-        return self.prefill_s + self.streams_s + self.wait_s
+        return self.prefill_s + self.load_s + self.streams_s + self.wait_s
 
     @property
     def cost_s(self) -> float:
@@ -88,6 +92,7 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"replica-{self.replica}: {self.cost_s:.4f} s = {self.prefill_s:.4f} prefill"
+            f" + {self.load_s:.4f} load"
             f" + {self.streams_s:.4f} streams + {self.wait_s:.4f} wait"
             f" + {self.disturbance_s:.4f} others ({self.cached_tokens} cached,"
             f" {self.work.queue_tokens} queued, {self.work.streams} streams,"
@@ -126,13 +131,15 @@ def estimate(request: Request, candidate: Candidate) -> Estimate:
     """The formula::
 
         prefill = (queued + tokens - cached) / tokens_per_s
+        load    = cached tokens in host memory * host_token_s + those on disk * disk_token_s
         streams = streams * stream_s
         wait    = max(samples beyond the places / places, tokens beyond the room / tokens there)
                   * (mean output left) * step_s
         others  = (SUCCESSORS + DISTURBANCE * streams) * (tokens - cached) / tokens_per_s
 
-    wait is Little's law: places and room are given back at the rate at which streams end. others
-    counts the steps of running streams that the prompt makes longer, and its own time once more, for
+    Tokens whose load would take longer than computing them do not count as cached. wait is Little's
+    law: places and room are given back at the rate at which streams end. others counts the steps of
+    running streams that the prompt makes longer, and its own time once more, for
     those who come after it. As all of it grows with what
     a replica has been given, the holder of a popular prefix loses its advantage once it costs more
     to wait for it than to compute the prefix again; whoever does so holds the prefix from then on.
@@ -157,5 +164,6 @@ def estimate(request: Request, candidate: Candidate) -> Estimate:
         prefill_s=work.queue_tokens / rate + own_s,
         streams_s=work.streams * (pace.stream_s or 0.0),
         wait_s=max(crowd, shortage) * left_s,
+        load_s=candidate.load_s,
         disturbance_s=(SUCCESSORS + DISTURBANCE * work.streams) * own_s,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from phalanx.protos.moves import Move
 from phalanx.protos.steps import BlockCopy, NewSequence, Row, StateUse, StepPlan
 
 from .sample import Sample
@@ -19,6 +20,7 @@ class PlanDraft:
     new: list[NewSequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     samples: dict[int, Sample] = field(default_factory=dict)
     """Who computes, by attempt id."""
     sampling: set[int] = field(default_factory=set)
@@ -48,6 +50,7 @@ class PlanDraft:
             new=self.new,
             copies=self.copies,
             rows=self.rows,
+            moves=self.moves,
         )
 
 
@@ -58,3 +61,4 @@ class InFlight:
     step: int
     samples: dict[int, Sample]
     sampling: frozenset[int]
+    num_tokens: int = 0

@@ -54,6 +54,8 @@ class StepPlanner:
         self.preemptions = 0
         self.prefix_queried = 0
         self.prefix_hit = 0
+        self.loading: dict[int, list[Sample]] = {}
+        """Who waits for a load, in order."""
         self._next_seq = 0
         self.arrived: set[int] = set()
         """Running attempts that the ranks have not been told of: their blocks came from another
@@ -68,6 +70,11 @@ class StepPlanner:
     def plan(self, now: float) -> PlanDraft:
         """The work of the next step; its rows are empty when there is none."""
         draft = PlanDraft(self._config.max_tokens_per_step)
+        if (loads := self._cache.loads) is not None:
+            busy = bool(self.running or self.waiting)
+            loads.tiers.begin_plan(loads.rates.stores(busy=busy))
+            for load in loads.overdue(now):
+                self.end_load(load)
         chunks = self._continue_streams(draft)
         self._places.forget(now)
         if self._places.contended:
@@ -79,6 +86,8 @@ class StepPlanner:
             if sample.followers and sample.has_prompt:
                 self._release_followers(sample)
         self._cache.settle_states()
+        if loads is not None:
+            draft.moves = loads.tiers.take_orders()
         return draft
 
     def running_of(self, tenant: str) -> int:
@@ -89,6 +98,17 @@ class StepPlanner:
         """A sample has arrived."""
         self._places.saw(sample.request.tenant, sample.request.arrival)
         self.waiting.append(sample)
+
+    def end_load(self, load: int) -> None:
+        """What was waited for is in the pool, or will not come."""
+        for sample in reversed(self.loading.pop(load, [])):
+            sample.state = State.WAITING
+            self.waiting.push_front(sample)
+
+    def stop_loading(self, sample: Sample) -> None:
+        """The sample waits for its load no longer."""
+        if sample.load is not None:
+            self.loading[sample.load].remove(sample)
 
     def dismiss(self, sample: Sample) -> None:
         """Take a running sample's blocks away. They may be handed out at once."""
@@ -124,6 +144,8 @@ class StepPlanner:
         require(self._cache.sequences == tables, "tables of samples that do not run")
         require(self.has_places(0), "too many samples run")
         require(self.arrived <= self.running.keys(), "a sample that arrived does not run")
+        active = frozenset() if self._cache.loads is None else self._cache.loads.active
+        require(self.loading.keys() <= active, "a sample waits for a load that has ended")
         for seq, sample in self.running.items():
             require(sample.seq == seq, f"attempt {seq} is filed wrongly")
             room = len(self._cache.table(seq)) * self._cache.block_size
@@ -214,8 +236,10 @@ class StepPlanner:
 
     def _admit(self, draft: PlanDraft, now: float, *, favoured: bool = False) -> None:
         """Begin with those that wait; favoured: with those of tenants below their share only."""
-        while draft.budget and self.waiting and self.has_places(1):
+        while draft.budget and self.waiting and self.has_places(1 + self._num_loading):
             sample = self._next(favoured=favoured)
+            if sample is not None and self._begin_load(sample, now):
+                continue
             # a preempted sample's last tokens must be here before it can be described in full
             if sample is None or sample.pending or not self._open_table(sample, draft):
                 return
@@ -227,7 +251,7 @@ class StepPlanner:
                 self.last_queue_time = now - sample.request.arrival
                 self.queue_times.append(self.last_queue_time)
                 self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
-            sample.was_admitted, sample.fork_of = True, None
+            sample.was_admitted, sample.fork_of, sample.load = True, None, None
             draft.new.append(sample.new_sequence())
             self._add(draft, sample, list(self._cache.table(sample.seq)))
 
@@ -245,16 +269,53 @@ class StepPlanner:
             return self.waiting.head
         return self.waiting.first_of(may)
 
-    def _open_table(self, sample: Sample, draft: PlanDraft) -> bool:
-        """Give the sample blocks for all its known tokens and one more. False: it must wait."""
+    @property
+    def _num_loading(self) -> int:
+        """Samples that will have a place when their loads end."""
+        return sum(map(len, self.loading.values()))
+
+    def _begin_load(self, sample: Sample, now: float) -> bool:
+        """Let the sample wait for blocks of lower tiers, where that is worth it; others go on."""
+        loads = self._cache.loads
+        if loads is None or sample.load is not None or sample.wants_prompt_logprobs:
+            return False
+        if sample.pending or self._leader(sample) is not None:
+            return False
+        self._make_chain(sample)
+        if sample.chain is None:
+            return False
+        cached = self._cache.match(sample.chain, sample.length)
+        fresh = self._cache.blocks_for(self._room(sample)) - len(cached)
+        if self._cache.num_free < fresh + len(cached) + self.growth():
+            return False  # it has to wait for room in any case
+        sample.load = loads.begin(sample.chain, cached, sample.length, fresh, now)
+        if sample.load is None:
+            return False
+        self.waiting.remove(sample)
+        sample.state = State.LOADING
+        self.loading.setdefault(sample.load, []).append(sample)
+        return True
+
+    def _make_chain(self, sample: Sample) -> None:
         if sample.chain is None and self._config.prefix_caching:
             tokens = sample.request.prompt_token_ids + sample.request.output_token_ids
             sample.chain = self._cache.chain(sample.request.tenant, tokens)
+
+    def _room(self, sample: Sample) -> int:
+        """Tokens that an admission makes room for: the known ones and one more, as a rule."""
         most = sample.limit - 1  # the last token is never computed
-        room = min(sample.length + 1, most) if self._may_preempt(sample) else most
-        reserve = self.growth()
+        return min(sample.length + 1, most) if self._may_preempt(sample) else most
+
+    def _leader(self, sample: Sample) -> Sample | None:
+        """Whose blocks the sample can share."""
         leader = None if sample.fork_of is None else self.running.get(sample.fork_of)
-        if leader is not None and self._cache.can_fork(leader.seq):
+        return leader if leader is not None and self._cache.can_fork(leader.seq) else None
+
+    def _open_table(self, sample: Sample, draft: PlanDraft) -> bool:
+        """Give the sample blocks for all its known tokens and one more. False: it must wait."""
+        self._make_chain(sample)
+        room, reserve = self._room(sample), self.growth()
+        if (leader := self._leader(sample)) is not None:
             opened = self._fork(leader, sample, room, reserve, draft.copies)
         else:
             opened = self._match(sample, room, reserve)

@@ -20,6 +20,8 @@ class State(Enum):
     """In the queue."""
     FOLLOWING = "following"
     """Another sample of its request, the leader, is computing their prompt."""
+    LOADING = "loading"
+    """Blocks of its prompt are on their way back into the KV pool."""
     RUNNING = "running"
     """Holds KV blocks, and the ranks know it as `seq`."""
     LEAVING = "leaving"
@@ -68,6 +70,8 @@ class Sample:
     leader: Sample | None = None
     followers: list[Sample] = field(default_factory=list)
     """Samples of the same request that wait until this one has computed the prompt."""
+    load: int | None = None
+    """What it waits for, or has waited for: nobody waits twice before an admission."""
     fork_of: int | None = None
     """Attempt whose blocks hold the prompt, of use while it still runs."""
 

@@ -3,6 +3,9 @@
 The step loop calls `schedule` for the next plan, sends it, and hands the result to `update`,
 which answers with the events of the streams. A sample's life::
 
+               LOADING  blocks of lower tiers come back
+                |    ^
+                v    |
     add ---> WAITING -----------------> RUNNING --> ENDED  (stop, length, abort, deadline, error)
        |        ^   blocks were found    |  |
        |        +---- preempted ---------+  |
@@ -21,7 +24,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from phalanx.controller.kvcache.blocks import require
 from phalanx.controller.kvcache.changes import PrefixUpdate
@@ -32,6 +34,7 @@ from phalanx.protos.errors import (
     RequestFailed,
     ResourceExhausted,
 )
+from phalanx.protos.moves import MoveReport
 from phalanx.protos.steps import StepPlan, StepResult
 
 from .arrivals import Arrivals
@@ -44,30 +47,11 @@ from .planner import StepPlanner
 from .queue import DeadlineHeap
 from .request import FinishReason, Request, TokenEvent
 from .sample import Sample, State
+from .stats import SchedulerStats
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats"]
 
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    """Figures of one scheduler. Blocks and samples are as of now, the rest counts from birth."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_free: int
-    """Blocks that can be handed out, idle cached ones included."""
-    blocks_cached: int
-    """Idle blocks whose content is kept."""
-    prefix_queried: int
-    """Prompt tokens looked up in the prefix cache."""
-    prefix_hit: int
-    """Prompt tokens found there."""
-    preemptions: int
-    steps: int
-    """Plans answered."""
 
 
 class Scheduler:
@@ -100,8 +84,14 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sample lives."""
-        return self._num_samples > 0
+        """Whether any sample lives, or blocks are to be moved."""
+        loads = self._cache.loads
+        return self._num_samples > 0 or (loads is not None and loads.tiers.has_orders)
+
+    @property
+    def awaits_moves(self) -> bool:
+        """Whether ranks owe answers to `moved`."""
+        return self._cache.loads is not None and self._cache.loads.tiers.is_waiting
 
     @property
     def num_running(self) -> int:
@@ -200,10 +190,11 @@ class Scheduler:
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
         draft = self._planner.plan(now)
-        if not draft.rows:
+        if not draft.rows and not draft.moves:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
-        self._in_flight.append(InFlight(step, draft.samples, frozenset(draft.sampling)))
+        tokens = sum(row.num_new for row in draft.rows)
+        self._in_flight.append(InFlight(step, draft.samples, frozenset(draft.sampling), tokens))
         finished, self._planner.dismissed = self._planner.dismissed, []
         return draft.finish(self._epoch, step, finished)
 
@@ -218,7 +209,22 @@ class Scheduler:
         due = self._in_flight[0].step if self._in_flight else None
         if result.step != due:
             raise GroupLost(f"the result of step {result.step} came, that of {due} is due")
-        return list(self._events(self._in_flight.popleft(), result))
+        plan = self._in_flight.popleft()
+        if self._cache.loads is not None:
+            self._cache.loads.rates.on_step(len(plan.samples), plan.num_tokens, result.execute_s)
+        return list(self._events(plan, result))
+
+    def moved(self, report: MoveReport, now: float) -> None:
+        """Take in what one rank says of moves. now: as in `schedule`.
+
+        Raises `GroupLost` for a rank that was not asked.
+        """
+        if self._cache.loads is None:
+            raise GroupLost("a rank speaks of moves, and there are no tiers")
+        for moved in report.moved:
+            ended = self._cache.loads.settle(moved, now)
+            if ended is not None:
+                self._planner.end_load(ended)
 
     def drain_queue_times(self) -> list[float]:
         """Seconds from arrival to the first step, of the requests begun since the last call."""
@@ -250,6 +256,7 @@ class Scheduler:
             prefix_hit=self._planner.prefix_hit,
             preemptions=self._planner.preemptions,
             steps=self._next_step - len(self._in_flight),
+            tiers=None if self._cache.loads is None else self._cache.loads.tiers.stats(),
         )
 
     def check_integrity(self) -> None:
@@ -268,6 +275,8 @@ class Scheduler:
         require(held == set(running), "running samples disagree")
         waiting = list(self._planner.waiting)
         require(set(by_state[State.WAITING]) == set(waiting), "waiting samples disagree")
+        loading = [sample for waiters in self._planner.loading.values() for sample in waiters]
+        require(set(by_state[State.LOADING]) == set(loading), "loading samples disagree")
         following = [follower for sample in samples for follower in sample.followers]
         require(set(by_state[State.FOLLOWING]) == set(following), "followers disagree")
         for sample in samples:
@@ -335,8 +344,11 @@ class Scheduler:
         waiting, heirs = self._planner.waiting, sample.followers
         if sample.state is State.FOLLOWING and sample.leader is not None:
             sample.leader.followers.remove(sample)
-        elif sample.state in (State.RUNNING, State.LEAVING):
-            self._planner.dismiss(sample)
+        elif sample.state in (State.RUNNING, State.LEAVING, State.LOADING):
+            if sample.state is State.LOADING:
+                self._planner.stop_loading(sample)
+            else:
+                self._planner.dismiss(sample)
             if heirs:
                 waiting.push_front(_lead(heirs))
         elif heirs:

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot, RankSnapshot, ReplicaSnapshot
+from phalanx.controller.kvcache.tiers import TierStats
 from phalanx.controller.movement.mover import Move
 from phalanx.controller.routing.router import Decision
 from phalanx.protos.errors import FieldViolation, InvalidArgument
@@ -175,6 +176,7 @@ def placement(decision: Decision) -> serving_pb2.Placement:
                 wait_s=item.wait_s,
                 disturbance_s=item.disturbance_s,
                 cost_s=item.cost_s,
+                load_s=item.load_s,
             )
             for item in decision.estimates
         ],
@@ -204,6 +206,7 @@ def cluster_state(snapshot: ClusterSnapshot) -> serving_pb2.GetClusterStateRespo
 
 
 def _replica(item: ReplicaSnapshot) -> types_pb2.ReplicaState:
+    tiers = item.tiers or TierStats()
     return types_pb2.ReplicaState(
         replica_id=item.replica_id,
         state=item.state,
@@ -221,6 +224,13 @@ def _replica(item: ReplicaSnapshot) -> types_pb2.ReplicaState:
         tp_desired=item.tp_desired,
         condition=item.condition,
         outdated=item.outdated,
+        host_blocks_total=tiers.host_total,
+        host_blocks_used=tiers.host_used,
+        host_hit_tokens=tiers.loaded_host * item.kv_block_tokens,
+        disk_blocks_total=tiers.disk_total,
+        disk_blocks_used=tiers.disk_used,
+        disk_hit_tokens=tiers.loaded_disk * item.kv_block_tokens,
+        move_failures=tiers.failed,
     )
 
 

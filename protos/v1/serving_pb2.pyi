@@ -54,7 +54,7 @@ class Placement(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., estimates: _Optional[_Iterable[_Union[PlacementEstimate, _Mapping]]] = ...) -> None: ...
 
 class PlacementEstimate(_message.Message):
-    __slots__ = ("replica_id", "cached_tokens", "queue_tokens", "streams", "tokens_per_s", "prefill_s", "streams_s", "wait_s", "disturbance_s", "cost_s")
+    __slots__ = ("replica_id", "cached_tokens", "queue_tokens", "streams", "tokens_per_s", "prefill_s", "streams_s", "wait_s", "disturbance_s", "cost_s", "load_s")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class PlacementEstimate(_message.Message):
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     DISTURBANCE_S_FIELD_NUMBER: _ClassVar[int]
     COST_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     cached_tokens: int
     queue_tokens: int
@@ -75,7 +76,8 @@ class PlacementEstimate(_message.Message):
     wait_s: float
     disturbance_s: float
     cost_s: float
-    def __init__(self, replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., streams_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., disturbance_s: _Optional[float] = ..., cost_s: _Optional[float] = ...) -> None: ...
+    load_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., streams_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., disturbance_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

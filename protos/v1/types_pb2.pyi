@@ -189,7 +189,7 @@ class ToolCall(_message.Message):
     def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
 
 class ReplicaState(_message.Message):
-    __slots__ = ("replica_id", "state", "ranks", "running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_block_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "steps", "tp", "tp_desired", "condition", "outdated")
+    __slots__ = ("replica_id", "state", "ranks", "running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_block_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "steps", "tp", "tp_desired", "condition", "outdated", "host_blocks_total", "host_blocks_used", "host_hit_tokens", "disk_blocks_total", "disk_blocks_used", "disk_hit_tokens", "move_failures")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,13 @@ class ReplicaState(_message.Message):
     TP_DESIRED_FIELD_NUMBER: _ClassVar[int]
     CONDITION_FIELD_NUMBER: _ClassVar[int]
     OUTDATED_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    DISK_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FAILURES_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
@@ -222,7 +229,14 @@ class ReplicaState(_message.Message):
     tp_desired: int
     condition: str
     outdated: bool
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tp: _Optional[int] = ..., tp_desired: _Optional[int] = ..., condition: _Optional[str] = ..., outdated: bool = ...) -> None: ...
+    host_blocks_total: int
+    host_blocks_used: int
+    host_hit_tokens: int
+    disk_blocks_total: int
+    disk_blocks_used: int
+    disk_hit_tokens: int
+    move_failures: int
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tp: _Optional[int] = ..., tp_desired: _Optional[int] = ..., condition: _Optional[str] = ..., outdated: bool = ..., host_blocks_total: _Optional[int] = ..., host_blocks_used: _Optional[int] = ..., host_hit_tokens: _Optional[int] = ..., disk_blocks_total: _Optional[int] = ..., disk_blocks_used: _Optional[int] = ..., disk_hit_tokens: _Optional[int] = ..., move_failures: _Optional[int] = ...) -> None: ...
 
 class RankState(_message.Message):
     __slots__ = ("rank", "node", "device", "weight_bytes", "kv_bytes", "head_start", "head_stop", "stage", "layer_start", "layer_stop")

@@ -192,3 +192,8 @@ def test_open_metrics_need_mutual_tls() -> None:
     assert open_page.metrics_needs_tls
     assert not ClusterConfig(model="m", metrics_host="0.0.0.0", insecure=True).metrics_needs_tls
     assert not ClusterConfig(model="m", metrics_host="0.0.0.0", metrics_port=None).metrics_needs_tls
+
+
+def test_tiers_need_what_they_stand_on() -> None:
+    assert "disk_kv_path needs host_kv_memory" in refusal(disk_kv_path="/kv")
+    assert "needs prefix_caching" in refusal(host_kv_memory=2**20, prefix_caching=False)

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from phalanx.controller.kvcache.tiers import TierStats
 from phalanx.controller.metrics import COUNTS, OUTCOMES, SECONDS, TABLE, Metrics
 from phalanx.controller.observing import StepTimes
 
@@ -33,10 +34,11 @@ def value(metrics: Metrics) -> Callable[..., float | None]:
     return read
 
 
-def stats(**changes: int) -> Any:
+def stats(**changes: Any) -> Any:
     counts = {"running": 2, "waiting": 1, "blocks_total": 100, "blocks_free": 25}
     counts |= {"prefix_queried": 50, "prefix_hit": 10, "preemptions": 3}
-    return SimpleNamespace(**(counts | changes))
+    tiers = TierStats(host_used=7, loaded_host=4, loaded_disk=2, block_tokens=16, block_bytes=100)
+    return SimpleNamespace(**({"tiers": tiers} | counts | changes))
 
 
 def step(**changes: Any) -> StepTimes:
@@ -180,3 +182,15 @@ def test_two_clusters_in_one_process_do_not_share_a_page(metrics: Metrics) -> No
     other = Metrics()
     metrics.on_start("Chat")
     assert other.registry.get_sample_value("phalanx_requests_open") == 0
+
+
+def test_tiers_are_counted_in_tokens_and_bytes(
+    metrics: Metrics, value: Callable[..., float | None]
+) -> None:
+    metrics.set_replica("replica-0", stats())
+    assert value("phalanx_host_kv_blocks", replica="replica-0") == 7
+    assert value("phalanx_host_kv_hit_tokens_total", replica="replica-0") == 64
+    assert value("phalanx_disk_kv_hit_tokens_total", replica="replica-0") == 32
+    assert value("phalanx_kv_loaded_bytes_total", replica="replica-0") == 600
+    metrics.set_replica("replica-1", stats(tiers=None))
+    assert value("phalanx_host_kv_blocks", replica="replica-1") is None

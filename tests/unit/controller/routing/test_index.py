@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import tracemalloc
 from array import array
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from phalanx.controller.kvcache.changes import PrefixUpdate, prefix_key
+from phalanx.controller.kvcache.changes import PrefixUpdate, Tier, prefix_key
 from phalanx.controller.kvcache.manager import KVCacheManager
-from phalanx.controller.routing.index import GlobalPrefixIndex
+from phalanx.controller.kvcache.rates import MoveRates
+from phalanx.controller.kvcache.tiers import LowerTiers
+from phalanx.controller.routing.index import GlobalPrefixIndex, Lower
 from phalanx.controller.routing.table import FILL, CompactTable
+from phalanx.protos.moves import Moved
 
 TENANTS = ["a", "b"]
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=10)
@@ -141,8 +145,9 @@ TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
 
 
-def listing(keys: list[int], epoch: int = 0) -> PrefixUpdate:
-    return PrefixUpdate(epoch=epoch, first=0, keys=array("Q", keys), listing=True)
+def listing(keys: list[int], epoch: int = 0, tiers: Sequence[int] = ()) -> PrefixUpdate:
+    names = array("Q", keys)
+    return PrefixUpdate(epoch=epoch, first=0, keys=names, added=bytes(tiers), listing=True)
 
 
 @given(
@@ -197,6 +202,57 @@ def test_a_gap_is_noticed_and_healed_by_a_listing() -> None:
     assert update is not None and index.apply(0, update)
     assert len(index.contents(0)) == 4
     assert index.apply(0, compute(4, 14)) and len(index.contents(0)) == 5
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(TENANTS), TOKENS, st.integers(0, 3)), max_size=14),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 4),
+)
+@settings(deadline=None)
+def test_every_block_is_known_with_its_fastest_tier(
+    requests: list[tuple[str, list[int], int]], num_blocks: int, host_slots: int, disk_slots: int
+) -> None:
+    """A replica whose ranks do every move at once; host memory and disk give up blocks as well."""
+    tiers = LowerTiers(num_ranks=1, host_slots=host_slots, disk_slots=disk_slots)
+    cache = KVCacheManager(num_blocks, 2, tiers=tiers, rates=MoveRates(2, 64))
+    cache.track_changes(0)
+    index, seen = GlobalPrefixIndex(), set[bytes]()
+    index.apply(1, listing([5]))
+    for seq, (tenant, tokens, stores) in enumerate(requests):
+        chain = cache.chain(tenant, tokens)
+        assert chain is not None
+        tiers.begin_plan(stores)
+        cached = cache.match(chain, len(tokens))
+        if cache.allocate(seq, chain, len(tokens), cached=cached) is not None:
+            cache.commit(seq, len(tokens))
+            cache.release(seq)
+        seen.update(chain.digests)
+        for _ in range(3):
+            for move in tiers.take_orders():
+                tiers.settle(Moved(move.number, 0.0))
+        if seq % 5 == 4:
+            cache.list_prefixes()
+        update = cache.drain_changes()
+        assert update is None or index.apply(0, update)
+        held = set(cache._index.digests())
+        for digest in seen:
+            expected = Tier.DEVICE if digest in held else tiers.tier(digest)
+            assert index.tier(0, prefix_key(digest)) is expected
+    assert index.contents(1) == {5}
+    index.drop(0)
+    assert len(index) == 1
+
+
+def test_what_is_below_the_pool_is_counted_as_far_as_a_run_goes() -> None:
+    index = GlobalPrefixIndex()
+    index.apply(0, listing([1, 2, 3, 4, 5], tiers=[1, 1, 2, 2, 3]))
+    index.apply(700, listing([1, 2, 4], tiers=[3, 2, 2]))
+    index.apply(9, listing([1, 2, 3]))
+    found, lower = index.lookup([1, 2, 3, 4, 5, 6])
+    assert found == [(2, 1 << 700), (3, 1 << 9), (5, 1)]
+    assert lower == {0: Lower(2, 1), 700: Lower(1, 1)}
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=200), st.integers(1, 4))

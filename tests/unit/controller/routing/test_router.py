@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.controller.observing import Silent, StepTimes
+from phalanx.controller.routing.index import Lower
 from phalanx.controller.routing.loads import EXPLAINED, Loads
 from phalanx.controller.routing.pace import Pace, PaceMeter
 from phalanx.controller.routing.router import (
@@ -44,6 +45,7 @@ CANDIDATES = st.lists(
             step_s=st.floats(1e-3, 1.0),
             stream_s=st.floats(1e-5, 0.1),
         ),
+        load_s=st.just(0.0),
     ),
     min_size=1,
     max_size=12,
@@ -111,6 +113,7 @@ def test_the_formula() -> None:
     )  # fmt: skip
     item = estimate(Request(100), busy)
     assert item.prefill_s == 0.12
+    assert estimate(Request(100), busy._replace(load_s=0.5)).cost_s == item.cost_s + 0.5
     assert item.streams_s == 0.008
     # one of eight must end; a mean of 100 tokens of 0.02 s are left to each
     assert item.wait_s == 0.25
@@ -195,3 +198,20 @@ def test_the_meter_tells_prompt_work_from_streams() -> None:
     for _ in range(200):
         meter.on_step(step(1, 100, 0.1))
     assert abs((meter.pace.tokens_per_s or 0) - 1000) < 1, "what is long past does not count"
+
+
+def test_what_is_below_the_pool_costs_its_load_or_counts_for_nothing() -> None:
+    """10,000 tokens/s to compute; host memory gives 100,000, the disk of replica 1 only 5,000."""
+    loads = Loads()
+    for index, disk_token_s in enumerate((2e-5, 2e-4, None)):
+        loads.join(index)
+        loads.measured(index, Pace(10_000.0, 0.02, 0.001, 1e-5, disk_token_s))
+    runs = [(800, 0b111)]
+    lower = {0: Lower(400, 400), 1: Lower(300, 500), 2: Lower(0, 20)}
+    decision = loads.choose(Request(1000), runs, lower)
+    predicted = {item.replica: item for item in decision.estimates}
+    assert [predicted[index].cached_tokens for index in range(3)] == [800, 300, 780]
+    assert [round(predicted[index].load_s, 6) for index in range(3)] == [0.012, 0.003, 0]
+    assert [round(predicted[index].predicted_s, 6) for index in range(3)] == [0.032, 0.073, 0.022]
+    assert decision.replica == 2, "the pool is better than any load"
+    assert loads.choose(Request(1000), runs, {**lower, 2: Lower(0, 700)}).replica == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -51,6 +52,8 @@ class Hanging:
 
     def __init__(self) -> None:
         self.stepping, self.released = threading.Event(), threading.Event()
+
+    tiers = SimpleNamespace(open=lambda report, say: report, close=lambda: None)
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         return REPORT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,8 @@ class Device:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.queued, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    tiers = SimpleNamespace(open=lambda report, say: report, close=lambda: None)
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         return LoadReport(
