@@ -40,6 +40,7 @@ from .tenants import Tenants, read_tenants
 from .tracing.setup import start_tracing, with_endpoint
 from .tracing.steps import trace_step
 from .units import split_address
+from .vllm.service import load_messages
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
@@ -90,6 +91,8 @@ async def start_cluster(
     progress: where to show what is going on. Raises `ConfigError`, `ModelError` or `GroupLost`,
     with nothing left running.
     """
+    if config.vllm_protocol:
+        load_messages()  # a package that is missing is told before anything starts
     logging.getLogger("phalanx").setLevel(config.log_level.upper())
     config = with_endpoint(config)
     async with AsyncExitStack() as stack:
@@ -298,6 +301,7 @@ async def _start_host(
         operators=[name.strip() for name in config.operators.split(",")],
         restart=supervisor.restart_all,
         scale=supervisor.scale,
+        vllm_protocol=config.vllm_protocol,
     )
     await host.start()
     service.on_drain.append(lambda: host.set_serving(False))

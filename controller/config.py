@@ -187,6 +187,11 @@ class ClusterConfig:
         unset="off",
         group="Listening",
     )
+    vllm_protocol: bool = option(
+        False,
+        "Serve the vLLM engine's gRPC protocol on the same port, for gateways such as smg.",
+        group="Listening",
+    )
     reflection: bool = option(False, "Let gRPC tools list the service.", group="Listening")
 
     tls_cert: str | None = option(

@@ -158,7 +158,7 @@ class Routes:
             whole = _Whole(made)
             await answer_all(asked, call, whole, tenant)
             return _json(made.whole(), {REQUEST_ID: answer_id})
-        stream = _Stream(request, made, answer_id, with_usage=asked.include_usage)
+        stream = _Stream(request, made, answer_id, asked)
         return await _streamed(request, stream, answer_all(asked, call, stream, tenant))
 
 
@@ -195,10 +195,9 @@ class _Whole:
 class _Stream:
     """Sends an answer as server-sent events."""
 
-    def __init__(
-        self, request: web.Request, shape: Shape, answer_id: str, *, with_usage: bool
-    ) -> None:
-        self._request, self._shape, self._with_usage = request, shape, with_usage
+    def __init__(self, request: web.Request, shape: Shape, answer_id: str, asked: Asked) -> None:
+        self._request, self._shape = request, shape
+        self._with_usage, self._counting = asked.include_usage, asked.continuous_usage
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -212,8 +211,11 @@ class _Stream:
     def time_remaining(self) -> float | None:
         return None
 
+    def admitted(self, prompt_tokens: int) -> None:
+        self._shape.admitted(prompt_tokens)
+
     async def write(self, message: Response) -> None:
-        chunks = self._shape.chunks(message, with_usage=self._with_usage)
+        chunks = self._shape.chunks(message, with_usage=self._with_usage, counting=self._counting)
         data = b"".join(_event(msgspec.json.encode(chunk)) for chunk in chunks)
         if data:
             await self._send(data)

@@ -10,6 +10,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from phalanx.controller.units import is_loopback
+from phalanx.controller.vllm.service import SERVICE as VLLM_ENGINE
+from phalanx.controller.vllm.service import VllmEngineService
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
@@ -52,7 +54,7 @@ class GrpcHost:
     With `token_file`, every call but health checks needs a bearer token, and its line names the
     tenant; with `tls_client_ca` alone, the tenant is the common name of the caller's certificate.
     Raises `ConfigError` for an address that other machines reach without both TLS and one of
-    these, unless `insecure`. Create and use it on one running event loop.
+    these, unless `insecure`. `vllm_protocol` needs the package smg-grpc-proto. Create and use it on one running event loop.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class GrpcHost:
         operators: Collection[str] = (),
         restart: Callable[[], int] | None = None,
         scale: Callable[[int], int] | None = None,
+        vllm_protocol: bool = False,
     ) -> None:
         """operators: tenants who may call the `AdminService`; where callers are not known, all of
         this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
@@ -85,7 +88,11 @@ class GrpcHost:
         self._admin = None
         if restart is not None and scale is not None:
             self._admin = AdminService(self._may_operate, restart, scale)
-        self._health = HealthService((SERVICE, OPEN_INFERENCE))
+        more = (VLLM_ENGINE,) if vllm_protocol else ()
+        self._health = HealthService((SERVICE, OPEN_INFERENCE, *more))
+        self._vllm_engine = (
+            VllmEngineService(service, lambda: self._health.serving) if vllm_protocol else None
+        )
         self._open_inference = OpenInferenceService(service, lambda: self._health.serving)
         self._server: Any = None
         self._reflection = reflection
@@ -112,6 +119,8 @@ class GrpcHost:
         if self._admin is not None:
             add = admin_pb2_grpc.add_AdminServiceServicer_to_server
             add(self._admin, server)
+        if self._vllm_engine is not None:
+            server.add_generic_rpc_handlers((self._vllm_engine.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
             self._add_reflection(server)
@@ -154,9 +163,12 @@ class GrpcHost:
 
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         own = [SERVICE, OPEN_INFERENCE, *([ADMIN] if self._admin else [])]
-        names = (*own, health, reflection.SERVICE_NAME)
+        names = [*own, health, reflection.SERVICE_NAME]
         # another software's messages of the same names may be in the default pool
-        pools = (open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool)
+        pools = [open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool]
+        if self._vllm_engine is not None:
+            names.append(VLLM_ENGINE)
+            pools.append(self._vllm_engine.descriptors)
         reflection.enable_server_reflection(names, server, Descriptors(pools))
 
     def _may_operate(self, context: Any) -> bool:

@@ -85,6 +85,21 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """The tenant behind a call's context; the host sets it."""
 
     @property
+    def engine(self) -> Engine:
+        """Where tokens come from."""
+        return self._engine
+
+    @property
+    def model(self) -> ServedModel:
+        """The served model."""
+        return self._model
+
+    @property
+    def dtype(self) -> str:
+        """The number format in use."""
+        return self._dtype
+
+    @property
     def model_name(self) -> str:
         """What the served model is called."""
         return self._model.name
@@ -147,7 +162,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             kept = call.outlived and bool(admitted.fingerprint)
             if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
                 self._check_open()
-            call.prompt_tokens = len(admitted.prompt_token_ids)
+            call.admitted(len(admitted.prompt_token_ids))
             REQUEST_ID.set(admitted.request_id)
             if (trace := TRACE.get()) is not None:
                 trace.admitted(admitted.request_id, call.prompt_tokens)
