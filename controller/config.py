@@ -205,7 +205,7 @@ class ClusterConfig:
     )
     token_file: str | None = option(
         None,
-        "File of callers, a line tenant:sha256-of-token each; every call then needs a token.",
+        "File of callers, a line tenant:sha256-of-token:role each; every call then needs a token.",
         unset="off",
         group="Security",
     )

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from phalanx.controller.server.answer import SLOW_RETRY_S, Response
 from phalanx.controller.server.interceptors import logged_incident
-from phalanx.controller.server.security import DEFAULT_TENANT, TokenTable
+from phalanx.controller.server.rights import DEFAULT_TENANT
+from phalanx.controller.server.security import Keys
 from phalanx.controller.server.service import INLINE_BYTES, InferenceService
 from phalanx.controller.tracing.context import note_parent
 from phalanx.protos.errors import (
@@ -43,7 +44,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Routes:
     """Handlers around one service. `tokens`: who may call; None lets everyone."""
 
-    def __init__(self, service: InferenceService, tokens: TokenTable | None) -> None:
+    def __init__(self, service: InferenceService, tokens: Keys | None) -> None:
         self._service, self._tokens = service, tokens
         self._model, self._created = service.model_name, int(time.time())
         self._open = 0
@@ -93,7 +94,7 @@ class Routes:
     def _tenant(self, request: web.Request) -> str:
         if self._tokens is not None:
             given = request.headers.getall("Authorization", [])
-            return self._tokens.tenant([("authorization", value) for value in given])
+            return self._tokens.caller([("authorization", value) for value in given]).tenant
         certificate: Any = request.get_extra_info("peercert") or {}
         names = [
             value

@@ -26,10 +26,13 @@ from .health import HealthService
 from .interceptors import Authentication, Containment
 from .kserve import SERVICE as OPEN_INFERENCE
 from .kserve import OpenInferenceService
+from .listeners import Listener, authentication, encryption
 from .operating import AdminService
 from .reflection import Descriptors
-from .security import DEFAULT_TENANT, TokenTable, check_exposure, server_credentials
+from .rights import DEFAULT_TENANT
+from .security import Keys, TlsFiles, TokenFile, check_exposure, server_credentials
 from .service import InferenceService
+from .watched import CHECK_S
 
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICE = serving_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -54,7 +57,8 @@ class GrpcHost:
     With `token_file`, every call but health checks needs a bearer token, and its line names the
     tenant; with `tls_client_ca` alone, the tenant is the common name of the caller's certificate.
     Raises `ConfigError` for an address that other machines reach without both TLS and one of
-    these, unless `insecure`. `vllm_protocol` needs the package smg-grpc-proto. Create and use it on one running event loop.
+    these, unless `insecure`. `vllm_protocol` needs the package smg-grpc-proto.
+    Files of tokens and certificates are looked at every `check_s` seconds. Create and use it on one running event loop.
     """
 
     def __init__(
@@ -73,13 +77,21 @@ class GrpcHost:
         restart: Callable[[], int] | None = None,
         scale: Callable[[int], int] | None = None,
         vllm_protocol: bool = False,
+        check_s: float = CHECK_S,
     ) -> None:
-        """operators: tenants who may call the `AdminService`; where callers are not known, all of
-        this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
+        """operators: tenants who may call the `AdminService`, beside tokens of the role admin;
+        where callers are not known, all of this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
         None: there is no such service."""
         self._service, self._host, self._port = service, host, port
-        self._credentials = server_credentials(tls_cert, tls_key, tls_client_ca)
-        self._tokens = None if token_file is None else TokenTable.read(token_file)
+        self._files = TlsFiles.of(tls_cert, tls_key, tls_client_ca)
+        self._credentials = (
+            None if self._files is None else server_credentials(self._files, check_s=check_s)
+        )
+        self._tokens: Keys | None = (
+            None
+            if token_file is None
+            else TokenFile(token_file, operators=operators, check_s=check_s)
+        )
         known = self._tokens is not None or tls_client_ca is not None
         encrypted = self._credentials is not None
         check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
@@ -128,6 +140,18 @@ class GrpcHost:
         await server.start()
         self._server = server
 
+    @property
+    def listener(self) -> Listener:
+        """What listens here."""
+        served = ["phalanx.v1", "Open Inference Protocol"]
+        served += ["vLLM engine"] if self._vllm_engine is not None else []
+        return Listener(
+            self.address,
+            f"gRPC: {', '.join(served)}",
+            encryption(self._files),
+            authentication(self._tokens is not None, self._files),
+        )
+
     def set_serving(self, serving: bool) -> None:
         """What health checks are told. The calls themselves are not affected."""
         self._health.set_serving(serving)
@@ -172,12 +196,15 @@ class GrpcHost:
         reflection.enable_server_reflection(names, server, Descriptors(pools))
 
     def _may_operate(self, context: Any) -> bool:
+        if self._tokens is not None:
+            caller = self._tokens.caller(context.invocation_metadata() or ())
+            return caller.role == "admin"
         if self._operators is None:
             return is_loopback(self._host)
         return self._tenant(context) in self._operators
 
     def _tenant(self, context: Any) -> str:
         if self._tokens is not None:
-            return self._tokens.tenant(context.invocation_metadata() or ())
+            return self._tokens.caller(context.invocation_metadata() or ()).tenant
         names = context.auth_context().get("x509_common_name", ())
         return next((name.decode(errors="replace") for name in names), DEFAULT_TENANT)

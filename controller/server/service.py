@@ -30,7 +30,8 @@ from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .books import Call, Reader
 from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
-from .security import DEFAULT_TENANT
+from .listeners import Listener
+from .rights import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
 from .tokens import TokenTexts
 
@@ -83,6 +84,8 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """Called when new requests begin to be refused."""
         self.identify: Callable[[Any], str] = _anyone
         """The tenant behind a call's context; the host sets it."""
+        self.listeners: list[Listener] = []
+        """All that this server listens on; whoever starts one adds it."""
 
     @property
     def engine(self) -> Engine:
@@ -331,7 +334,12 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     ) -> serving_pb2.GetClusterStateResponse:
         """The replicas as of the last step."""
         _refuse_unknown(request)
-        return cluster_state(self._engine.snapshot())
+        state = cluster_state(self._engine.snapshot())
+        for item in self.listeners:
+            state.listeners.add(
+                address=item.address, protocol=item.protocol, tls=item.tls, auth=item.auth
+            )
+        return state
 
     async def ExplainPlacement(
         self, request: serving_pb2.ExplainPlacementRequest, context: Any
