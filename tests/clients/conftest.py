@@ -24,20 +24,7 @@ import pytest
 
 START_S = 240.0
 
-TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-You may call functions:
-{%- for tool in tools %}
-{{ tool | tojson }}
-{%- endfor %}
-Call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>.<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
-{{ call.function | tojson }}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+TEMPLATE = Path(__file__).parents[2] / "deploy/templates/chatml-tools.jinja"
 
 
 def free_port() -> int:
@@ -108,13 +95,11 @@ class Server:
 @pytest.fixture(scope="session")
 def server(smollm2_gguf: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    template = folder / "tools.jinja"
-    template.write_text(TEMPLATE)
     process = Process(
         [
             str(Path(sys.executable).with_name("phalanx")), "serve", "smollm2", "--tp", "2", "--port", "0", "--openai-port", "0",
             "--metrics-port", "off", "--vllm-protocol", "--reflection",
-            "--chat-template", str(template),
+            "--chat-template", str(TEMPLATE),
         ],
         folder / "log",
     )  # fmt: skip
