@@ -57,13 +57,13 @@ def test_the_same_text_through_the_gateway(both: list[openai.OpenAI]) -> None:
 
 def test_a_call_of_a_tool(client: openai.OpenAI) -> None:
     asked: Any = {"model": "smollm2", "messages": QUESTION, "tools": TOOLS, "tool_choice": NAMED}
-    whole = client.chat.completions.create(**asked, temperature=0, max_tokens=80)
+    whole = client.chat.completions.create(**asked, temperature=0, max_tokens=200)
     (call,) = whole.choices[0].message.tool_calls
     assert call.function.name == "get_weather"
     arguments = json.loads(call.function.arguments)
     assert set(arguments) == {"city", "days"}
     assert 1 <= arguments["days"] <= 9
-    stream = client.chat.completions.create(**asked, temperature=0, max_tokens=80, stream=True)
+    stream = client.chat.completions.create(**asked, temperature=0, max_tokens=200, stream=True)
     pieces = [
         item.function.arguments or ""
         for chunk in stream
@@ -85,7 +85,7 @@ def test_a_call_of_a_tool(client: openai.OpenAI) -> None:
 def test_an_answer_of_a_schema(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
     answer = client.chat.completions.create(
-        model="smollm2", messages=QUESTION, response_format=form, temperature=0, max_tokens=80
+        model="smollm2", messages=QUESTION, response_format=form, temperature=0, max_tokens=200
     )
     assert set(json.loads(answer.choices[0].message.content)) == {"city", "days"}
 
