@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 from phalanx.controller.journal.memory import MemoryJournal
 from phalanx.controller.logs import REQUEST_ID
 from phalanx.controller.model import ServedModel
-from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.controller.tracing.context import PARENT, TRACE, Tracing
 from phalanx.protos.errors import (
     InvalidArgument,
     NotFound,
     PhalanxError,
-    RequestFailed,
     ResourceExhausted,
     Unavailable,
 )
@@ -30,6 +28,7 @@ from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .books import Call, Reader
 from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
+from .following import read_events
 from .listeners import Listener
 from .rights import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
@@ -222,7 +221,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             priority=admitted.priority,
         )
         # its end frees the request in the engine at once, whatever ended it here
-        await self._send(answer, _read(events, answer), call, kind, admitted.request_id)
+        await self._send(answer, read_events(events, answer), call, kind, admitted.request_id)
 
     async def _follow(
         self, session: Session, call: Call, kind: type[Response], received: Received
@@ -238,7 +237,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             header.tools,
         )
         with self._sessions.reading(session) as events:
-            reading = _read(events, answer, at_ease=True)
+            reading = read_events(events, answer, at_ease=True)
             await self._send(answer, reading, call, kind, header.request_id)
 
     async def _send(
@@ -386,28 +385,6 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """Release the threads. What outlives its call waits in the journal for the next process."""
         self._sessions.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-async def _read(
-    events: AsyncIterator[list[TokenEvent]], answer: Answer, *, at_ease: bool = False
-) -> None:
-    """Fold in events until the answer is over; then, or when cancelled, close.
-
-    at_ease: events wait where they are for a slow reader; else there is an end to its slowness.
-    """
-    try:
-        async for batch in events:
-            if at_ease:
-                await answer.room()
-            answer.fold(batch)
-            if answer.over:
-                return
-        answer.fail(RequestFailed("the engine ended the request early"))
-    except Exception as error:  # noqa: BLE001  handed to the call, which raises it
-        answer.fail(error)
-    finally:
-        if close := getattr(events, "aclose", None):
-            await close()
 
 
 def _refuse_unknown(request: Any) -> None:
