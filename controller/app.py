@@ -33,6 +33,7 @@ from .ports import check_free
 from .quotas import MeteredEngine
 from .scaling import desired_replicas
 from .server.host import GrpcHost
+from .server.listeners import Listener
 from .server.service import InferenceService
 from .starting import ReplicaStarter
 from .supervisor import Supervisor
@@ -40,6 +41,7 @@ from .tenants import Tenants, read_tenants
 from .tracing.setup import start_tracing, with_endpoint
 from .tracing.steps import trace_step
 from .units import split_address
+from .vllm.service import load_messages
 
 GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
@@ -90,6 +92,8 @@ async def start_cluster(
     progress: where to show what is going on. Raises `ConfigError`, `ModelError` or `GroupLost`,
     with nothing left running.
     """
+    if config.vllm_protocol:
+        load_messages()  # a package that is missing is told before anything starts
     logging.getLogger("phalanx").setLevel(config.log_level.upper())
     config = with_endpoint(config)
     async with AsyncExitStack() as stack:
@@ -127,7 +131,9 @@ async def start_cluster(
         page = None
         if figures is not None:
             page = await start_page(config, service, EngineCluster(engine), figures, stack)
-        scraped = None if config.metrics_port is None else _serve_metrics(config, metrics, stack)
+        scraped = None
+        if config.metrics_port is not None:
+            scraped = _serve_metrics(config, service, metrics, stack)
         fronts.set_serving(engine.serving)
         engine.on_serving = fronts.set_serving
         watching = asyncio.create_task(_watch(supervisor, engine, metrics, journal))
@@ -298,8 +304,10 @@ async def _start_host(
         operators=[name.strip() for name in config.operators.split(",")],
         restart=supervisor.restart_all,
         scale=supervisor.scale,
+        vllm_protocol=config.vllm_protocol,
     )
     await host.start()
+    service.listeners.append(host.listener)
     service.on_drain.append(lambda: host.set_serving(False))
     stack.push_async_callback(host.stop, 0.0)
     return host
@@ -319,12 +327,15 @@ async def _start_openai(
         insecure=config.insecure,
     )
     await host.start()
+    service.listeners.append(host.listener)
     service.on_drain.append(lambda: host.set_serving(False))
     stack.push_async_callback(host.stop, 0.0)
     return host
 
 
-def _serve_metrics(config: ClusterConfig, metrics: Metrics, stack: AsyncExitStack) -> str:
+def _serve_metrics(
+    config: ClusterConfig, service: InferenceService, metrics: Metrics, stack: AsyncExitStack
+) -> str:
     port = config.metrics_port or 0
     locks: dict[str, str | None] = {}
     if config.metrics_needs_tls:
@@ -341,6 +352,8 @@ def _serve_metrics(config: ClusterConfig, metrics: Metrics, stack: AsyncExitStac
             f"{error.strerror}"
         ) from None
     stack.callback(server.close)
+    tls, auth = ("mutual", "certificate") if config.metrics_needs_tls else ("off", "none")
+    service.listeners.append(Listener(server.address, "HTTP: Prometheus", tls, auth))
     return server.address
 
 

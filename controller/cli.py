@@ -24,6 +24,7 @@ from .commands.scale import scale
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.status import status
+from .commands.token import token
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -89,6 +90,7 @@ for command in (
     restart,
     scale,
     explain,
+    token,
     plan,
     models,
     simulate,

@@ -208,6 +208,11 @@ class ClusterConfig:
         unset="off",
         group="Listening",
     )
+    vllm_protocol: bool = option(
+        False,
+        "Serve the vLLM engine's gRPC protocol on the same port, for gateways such as smg.",
+        group="Listening",
+    )
     reflection: bool = option(False, "Let gRPC tools list the service.", group="Listening")
 
     tls_cert: str | None = option(
@@ -221,7 +226,7 @@ class ClusterConfig:
     )
     token_file: str | None = option(
         None,
-        "File of callers, a line tenant:sha256-of-token each; every call then needs a token.",
+        "File of callers, a line tenant:sha256-of-token:role each; every call then needs a token.",
         unset="off",
         group="Security",
     )

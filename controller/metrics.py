@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from .kvcache.tiers import TierStats
 from .movement.mover import Move
 from .observing import StepTimes
+from .server.security import TlsFiles, renew
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -31,6 +32,7 @@ OUTCOMES = (
     "permission_denied",
     "resource_exhausted",
     "unauthenticated",
+    "permission_denied",
     "unavailable",
     "error",
 )
@@ -305,6 +307,10 @@ class Metrics:
             client_cafile=tls_client_ca,
             client_auth_required=tls_client_ca is not None,
         )
+        files = TlsFiles.of(tls_cert, tls_key, tls_client_ca)
+        if files is not None:
+            secured: Any = server.socket
+            renew(secured.context, files)
         return MetricsServer(server, thread)
 
 

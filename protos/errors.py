@@ -60,12 +60,6 @@ class DeadlineExceeded(PhalanxError):
     status = "DEADLINE_EXCEEDED"
 
 
-class PermissionDenied(PhalanxError):
-    """The caller is known, and may not do this."""
-
-    status = "PERMISSION_DENIED"
-
-
 class NotFound(PhalanxError):
     """The named thing does not exist, or is not the caller's."""
 
@@ -82,6 +76,12 @@ class Unauthenticated(PhalanxError):
     """No bearer token, or a wrong one."""
 
     status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(PhalanxError):
+    """The caller is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
 
 
 class Unavailable(PhalanxError):

@@ -16,8 +16,11 @@ from .sampling import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
+    from llguidance._lib import JsonCompileOptions
 
 MAX_ERROR_CHARS = 300
+JSON_DEFAULTS: JsonCompileOptions = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
+"""JSON may be indented; with no bound, some models write line ends until their tokens are over."""
 
 
 class GrammarCompiler:
@@ -104,7 +107,7 @@ def _source(grammar: Grammar) -> str:
     else:
         try:
             json.loads(text)
-            source = LLMatcher.grammar_from_json_schema(text)
+            source = LLMatcher.grammar_from_json_schema(text, JSON_DEFAULTS)
         except (ValueError, RecursionError) as error:
             raise _refused(grammar.kind, f"not JSON: {error}") from None
     return source

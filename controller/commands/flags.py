@@ -163,5 +163,49 @@ def _sampling_flags() -> list[inspect.Parameter]:
     ]
 
 
-sampling_flags = gathered("params", _sampling_flags(), given)
+GRAMMAR_FLAGS = ("json_schema", "regex", "choice", "grammar")
+
+
+def _grammar_flags() -> list[inspect.Parameter]:
+    def flag(name: str, kind: Any, help: str, metavar: str) -> inspect.Parameter:
+        return parameter(
+            name, kind, None, help=help, metavar=metavar, rich_help_panel="Form of the answer"
+        )
+
+    text = str | None
+    file = "; @FILE reads a file."
+    return [
+        flag("json_schema", text, f"JSON that this schema describes{file}", "SCHEMA"),
+        flag(
+            "regex", text, f"A text that this regular expression matches as a whole{file}", "REGEX"
+        ),
+        flag("choice", list[str] | None, "One of these; give it several times.", "TEXT"),
+        flag("grammar", text, f"A text of this grammar in Lark's notation{file}", "LARK"),
+    ]
+
+
+def _sampling(**flags: Any) -> dict[str, Any]:
+    """Sampling parameters; a form of the answer is one of them. Raises `ConfigError`."""
+    forms = given(**{name: flags.pop(name) for name in GRAMMAR_FLAGS})
+    if len(forms) > 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in forms)
+        raise ConfigError(f"{names}: only one of them can be kept to")
+    params = given(**flags)
+    for name, value in forms.items():
+        kind = "lark" if name == "grammar" else name
+        params["grammar"] = {kind: value if name == "choice" else _text_or_file(value, name)}
+    return params
+
+
+def _text_or_file(value: str, name: str) -> str:
+    if not value.startswith("@"):
+        return value
+    data = _read(Path(value[1:]), name) or b""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} is {value[1:]}, which is not UTF-8 text") from None
+
+
+sampling_flags = gathered("params", [*_sampling_flags(), *_grammar_flags()], _sampling)
 """Decorator: parameter `params` is a dict of the sampling parameters that were set."""

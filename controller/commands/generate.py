@@ -32,6 +32,8 @@ def generate(
     [bold]phalanx generate "1, 2, 3," --temperature 0 --stop 10[/bold]
 
     [bold]cat story.txt | phalanx generate - --seed 7[/bold]
+
+    [bold]phalanx generate "The capital of France:" --regex " [A-Z][a-z]+"[/bold]
     """
     from phalanx.controller.client import Client
 
@@ -59,6 +61,8 @@ def chat(
     [bold]phalanx chat[/bold]  a conversation; Ctrl-D leaves
 
     [bold]phalanx chat "What is the capital of France?" --temperature 0[/bold]  one answer
+
+    [bold]phalanx chat "Is the sky blue?" --choice yes --choice no[/bold]  in a form of yours
     """
     from phalanx.controller.client import Client
 

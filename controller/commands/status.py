@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @connection_flags
 def status(connection: Connection) -> None:
-    """Show the model, replicas, ranks, queue and KV cache of a running cluster.
+    """Show the model, replicas, ranks, queue, KV cache and listeners of a running cluster.
+
+    Where callers have roles, all but the model is for administrators.
 
     [bold]phalanx status[/bold]
 
@@ -21,14 +23,21 @@ def status(connection: Connection) -> None:
     from rich.console import Console
 
     from phalanx.controller.client import Client
+    from phalanx.protos.errors import PermissionDenied
 
-    with Client(**connection.arguments()) as client:
-        info, state = client.model_info(), client.cluster_state()
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{info.name}[/] ({info.family}, {info.dtype}), context {info.max_context} tokens, "
-        f"server {info.server_version}; {state.queued_requests} requests queued"
-    )
+    with Client(**connection.arguments()) as client:
+        info = client.model_info()
+        console.print(
+            f"[bold]{info.name}[/] ({info.family}, {info.dtype}), context {info.max_context} "
+            f"tokens, server {info.server_version}"
+        )
+        try:
+            state = client.cluster_state()
+        except PermissionDenied as error:
+            console.print(str(error), style="yellow", markup=False)
+            return
+    console.print(f"{state.queued_requests} requests queued")
     console.print()
     console.print(replica_table(state.replicas))
     for replica in state.replicas:
@@ -39,6 +48,9 @@ def status(connection: Connection) -> None:
         console.print(tier_table(state.replicas))
     console.print()
     console.print(rank_table(state.replicas))
+    if state.listeners:
+        console.print()
+        console.print(listener_table(state.listeners))
 
 
 def replica_table(replicas: Any) -> Table:
@@ -116,6 +128,18 @@ def rank_table(replicas: Any) -> Table:
                 format_bytes(rank.weight_bytes),
                 format_bytes(rank.kv_bytes),
             )
+    return table
+
+
+def listener_table(listeners: Any) -> Table:
+    """One line an address."""
+    from .terminal import plain_table
+
+    table = plain_table()
+    for name in ("listens on", "protocol", "TLS", "callers show"):
+        table.add_column(name)
+    for item in listeners:
+        table.add_row(item.address, item.protocol, item.tls, item.auth)
     return table
 
 

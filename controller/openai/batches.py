@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from phalanx.controller.server.answer import Response
-from phalanx.controller.server.books import Reader
+from phalanx.controller.server.books import Counting, Reader
 from phalanx.protos.errors import InvalidArgument
 
 from .requests import Asked
@@ -47,6 +47,10 @@ class _Part:
 
     def time_remaining(self) -> float | None:
         return self._reader.time_remaining()
+
+    def admitted(self, prompt_tokens: int) -> None:
+        if isinstance(self._reader, Counting):
+            self._reader.admitted(prompt_tokens)
 
     async def write(self, message: Response) -> None:
         for delta in message.samples:

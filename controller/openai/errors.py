@@ -14,7 +14,7 @@ STATUSES = {
     "INVALID_ARGUMENT": (400, "invalid_request_error", None),
     "FAILED_PRECONDITION": (400, "invalid_request_error", None),
     "UNAUTHENTICATED": (401, "invalid_request_error", "invalid_api_key"),
-    "PERMISSION_DENIED": (403, "invalid_request_error", None),
+    "PERMISSION_DENIED": (403, "invalid_request_error", "permission_denied"),
     "NOT_FOUND": (404, "invalid_request_error", "model_not_found"),
     "ALREADY_EXISTS": (409, "invalid_request_error", None),
     "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "rate_limit_exceeded"),

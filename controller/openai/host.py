@@ -6,8 +6,16 @@ import logging
 
 from aiohttp import web
 
-from phalanx.controller.server.security import TokenTable, check_exposure, server_context
+from phalanx.controller.server.listeners import Listener, authentication, encryption
+from phalanx.controller.server.security import (
+    Keys,
+    TlsFiles,
+    TokenFile,
+    check_exposure,
+    server_context,
+)
 from phalanx.controller.server.service import InferenceService
+from phalanx.controller.server.watched import CHECK_S
 from phalanx.protos.errors import ConfigError
 
 from .routes import Routes
@@ -35,10 +43,15 @@ class OpenAIHost:
         tls_client_ca: str | None = None,
         token_file: str | None = None,
         insecure: bool = False,
+        check_s: float = CHECK_S,
     ) -> None:
         self._service, self._host, self._port = service, host.strip("[]"), port
-        self._context = server_context(tls_cert, tls_key, tls_client_ca)
-        tokens = None if token_file is None else TokenTable.read(token_file)
+        self._files = TlsFiles.of(tls_cert, tls_key, tls_client_ca)
+        self._context = (
+            None if self._files is None else server_context(self._files, check_s=check_s)
+        )
+        tokens: Keys | None = None if token_file is None else TokenFile(token_file, check_s=check_s)
+        self._locked = tokens is not None
         known = tokens is not None or tls_client_ca is not None
         check_exposure(
             host,
@@ -83,6 +96,13 @@ class OpenAIHost:
         self._runner = runner
         scheme = "http" if self._context is None else "https"
         self.url = f"{scheme}://{shown}:{runner.addresses[0][1]}/v1"
+
+    @property
+    def listener(self) -> Listener:
+        """What listens here."""
+        address = self.url.partition("//")[2].partition("/")[0]
+        tls = encryption(self._files)
+        return Listener(address, "HTTP: OpenAI", tls, authentication(self._locked, self._files))
 
     def set_serving(self, serving: bool) -> None:
         """What /health says. The other paths are not affected."""

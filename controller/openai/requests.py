@@ -81,7 +81,7 @@ _DIGITS = re.compile(r"[0-9]{1,10}")
 class Asked:
     """A request in the service's words, a message for each prompt, and how it is to be answered.
 
-    samples: of each prompt. names: field of the service to what the caller calls it.
+    samples: of each prompt. continuous_usage: in every chunk. names: field of the service to what the caller calls it.
     """
 
     messages: Sequence[serving_pb2.GenerateRequest | serving_pb2.ChatRequest]
@@ -89,6 +89,7 @@ class Asked:
     scored: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     names: Mapping[str, str]
 
     def renamed(self, error: InvalidArgument, at: int) -> InvalidArgument:
@@ -169,11 +170,11 @@ def _asked(
     messages: Sequence[serving_pb2.GenerateRequest | serving_pb2.ChatRequest],
     params: types_pb2.SamplingParams,
     stream: bool,
-    usage: bool,
+    usage: tuple[bool, bool],
     names: Mapping[str, str],
 ) -> Asked:
     samples = params.n if params.HasField("n") else 1
-    return Asked(messages, samples, params.HasField("logprobs"), stream, usage, names)
+    return Asked(messages, samples, params.HasField("logprobs"), stream, *usage, names)
 
 
 def _read_model(fields: Fields, model: str) -> None:
@@ -186,8 +187,9 @@ def _read_model(fields: Fields, model: str) -> None:
 
 def _read_shared(
     fields: Fields, params: types_pb2.SamplingParams, options: serving_pb2.RequestOptions
-) -> tuple[bool, bool]:
-    """What both calls have; gives `stream` and whether usage is wanted in it. Raises."""
+) -> tuple[bool, tuple[bool, bool]]:
+    """What both calls have; gives `stream`, and whether usage is wanted in it, and in every
+    chunk. Raises."""
     _set(
         options,
         priority=fields.integer("priority", *PRIORITY_RANGE),
@@ -244,20 +246,21 @@ def _read_bias(fields: Fields, params: types_pb2.SamplingParams) -> None:
         return
 
 
-def _read_stream_options(fields: Fields, stream: bool) -> bool:
+def _read_stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     given = fields.value("stream_options")
     if given is None:
-        return False
+        return False, False
     if not isinstance(given, dict):
         fields.refuse("stream_options", f"{shown(given)} is not an object")
-        return False
+        return False, False
     if not stream:
         fields.refuse("stream_options", "is allowed only where stream is true")
     options = Fields(given, fields.violations, "stream_options")
     usage = options.flag("include_usage")
+    continuous = options.flag("continuous_usage_stats")  # vLLM's
     options.ignore(("include_obfuscation",))
     options.finish()
-    return usage
+    return usage, usage and continuous
 
 
 def _read_prompts(fields: Fields) -> list[serving_pb2.GenerateRequest]:

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from phalanx.controller.server.answer import SLOW_RETRY_S, Response
 from phalanx.controller.server.interceptors import logged_incident
-from phalanx.controller.server.security import DEFAULT_TENANT, TokenTable
+from phalanx.controller.server.rights import DEFAULT_TENANT
+from phalanx.controller.server.security import Keys
 from phalanx.controller.server.service import INLINE_BYTES, InferenceService
 from phalanx.controller.tracing.context import note_parent
 from phalanx.protos.errors import (
@@ -43,7 +44,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Routes:
     """Handlers around one service. `tokens`: who may call; None lets everyone."""
 
-    def __init__(self, service: InferenceService, tokens: TokenTable | None) -> None:
+    def __init__(self, service: InferenceService, tokens: Keys | None) -> None:
         self._service, self._tokens = service, tokens
         self._model, self._created = service.model_name, int(time.time())
         self._open = 0
@@ -93,7 +94,7 @@ class Routes:
     def _tenant(self, request: web.Request) -> str:
         if self._tokens is not None:
             given = request.headers.getall("Authorization", [])
-            return self._tokens.tenant([("authorization", value) for value in given])
+            return self._tokens.caller([("authorization", value) for value in given]).tenant
         certificate: Any = request.get_extra_info("peercert") or {}
         names = [
             value
@@ -158,7 +159,7 @@ class Routes:
             whole = _Whole(made)
             await answer_all(asked, call, whole, tenant)
             return _json(made.whole(), {REQUEST_ID: answer_id})
-        stream = _Stream(request, made, answer_id, with_usage=asked.include_usage)
+        stream = _Stream(request, made, answer_id, asked)
         return await _streamed(request, stream, answer_all(asked, call, stream, tenant))
 
 
@@ -195,10 +196,9 @@ class _Whole:
 class _Stream:
     """Sends an answer as server-sent events."""
 
-    def __init__(
-        self, request: web.Request, shape: Shape, answer_id: str, *, with_usage: bool
-    ) -> None:
-        self._request, self._shape, self._with_usage = request, shape, with_usage
+    def __init__(self, request: web.Request, shape: Shape, answer_id: str, asked: Asked) -> None:
+        self._request, self._shape = request, shape
+        self._with_usage, self._counting = asked.include_usage, asked.continuous_usage
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -212,8 +212,11 @@ class _Stream:
     def time_remaining(self) -> float | None:
         return None
 
+    def admitted(self, prompt_tokens: int) -> None:
+        self._shape.admitted(prompt_tokens)
+
     async def write(self, message: Response) -> None:
-        chunks = self._shape.chunks(message, with_usage=self._with_usage)
+        chunks = self._shape.chunks(message, with_usage=self._with_usage, counting=self._counting)
         data = b"".join(_event(msgspec.json.encode(chunk)) for chunk in chunks)
         if data:
             await self._send(data)

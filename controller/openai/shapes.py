@@ -50,13 +50,26 @@ class Shape:
         self._scored = scored
         self._samples = [_Sample() for _ in range(samples)]
         self._usage = types_pb2.Usage()
+        self._prompt, self._said = 0, 0
+
+    def admitted(self, prompt_tokens: int) -> None:
+        """A prompt of so many tokens was accepted."""
+        self._prompt += prompt_tokens
 
     # --- in chunks ---
 
-    def chunks(self, message: Response, *, with_usage: bool) -> Iterator[dict[str, Any]]:
-        """What a message adds, a chunk for each sample. with_usage: have `usage`, as null."""
+    def chunks(
+        self, message: Response, *, with_usage: bool, counting: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """What a message adds, a chunk for each sample. with_usage: have `usage`, as null, or, if
+        `counting`, with the tokens so far."""
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         self._count(message)
+        self._said += sum(len(delta.token_ids) for delta in message.samples)
+        if counting:
+            whole = self._prompt + self._said
+            counts = {"prompt_tokens": self._prompt, "completion_tokens": self._said}
+            extra = {"usage": counts | {"total_tokens": whole}}
         for delta in message.samples:
             for choice in self._choices(delta):
                 yield self._head | {"object": self.chunk_object, "choices": [choice]} | extra

@@ -18,7 +18,14 @@ from aiohttp import web
 from phalanx.controller.openai.errors import error_response, http_error
 from phalanx.controller.openai.routes import Routes
 from phalanx.controller.server.interceptors import logged_incident
-from phalanx.controller.server.security import TokenTable, check_exposure, server_context
+from phalanx.controller.server.listeners import Listener, authentication, encryption
+from phalanx.controller.server.security import (
+    Keys,
+    TlsFiles,
+    TokenFile,
+    check_exposure,
+    server_context,
+)
 from phalanx.controller.server.service import InferenceService
 from phalanx.controller.units import is_loopback
 from phalanx.protos.errors import ConfigError, PhalanxError, ResourceExhausted
@@ -76,8 +83,9 @@ class PageHost:
     ) -> None:
         self._service, self._cluster, self._figures = service, cluster, figures
         self._host, self._port = host.strip("[]"), port
-        self._context = server_context(tls_cert, tls_key, tls_client_ca)
-        self._tokens = None if token_file is None else TokenTable.read(token_file)
+        self._tls = TlsFiles.of(tls_cert, tls_key, tls_client_ca)
+        self._context = None if self._tls is None else server_context(self._tls)
+        self._tokens: Keys | None = None if token_file is None else TokenFile(token_file)
         check_exposure(
             host,
             encrypted=self._context is not None,
@@ -92,6 +100,13 @@ class PageHost:
         self._runner: web.AppRunner | None = None
         self.url = ""
         """Where browsers find it, once started."""
+
+    @property
+    def listener(self) -> Listener:
+        """What listens here."""
+        address = self.url.partition("//")[2].rstrip("/")
+        auth = authentication(self._tokens is not None, self._tls)
+        return Listener(address, "HTTP: page", encryption(self._tls), auth)
 
     def application(self) -> web.Application:
         """All paths, ready to be run."""
@@ -203,7 +218,7 @@ class PageHost:
     def _check(self, request: web.Request) -> None:
         if self._tokens is not None:
             given = request.headers.getall("Authorization", [])
-            self._tokens.tenant([("authorization", value) for value in given])
+            self._tokens.caller([("authorization", value) for value in given])
 
     async def _state_object(self) -> dict[str, Any]:
         self._cluster.ask_block_maps()

@@ -35,5 +35,6 @@ async def start_page(
         insecure=config.insecure,
     )
     await page.start()
+    service.listeners.append(page.listener)
     stack.push_async_callback(page.stop)
     return page

@@ -222,7 +222,7 @@ class Admission:
             return None
         if FORMATS[name].special:
             params.skip_special_tokens = False
-        single = request.single_tool_call
+        single = request.single_tool_call or bool(request.tool_name)
         read_as = name
         if request.tool_use == types_pb2.TOOL_USE_REQUIRED:
             # no grammar speaks of Python's literals: JSON is asked for there

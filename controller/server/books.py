@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .answer import Answer, Response
 from .engine import Observer
@@ -22,6 +22,14 @@ class Reader(Protocol):
 
     async def write(self, message: Any) -> None:
         """Send a message; returns when there is room for the next one."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A reader that wants to know how long its prompt is before the first message."""
+
+    def admitted(self, prompt_tokens: int) -> None:
+        """The request was accepted, with a prompt of so many tokens."""
 
 
 class Call:
@@ -59,6 +67,12 @@ class Call:
         if seconds is not None:
             ends = self._began + seconds
             self.deadline = ends if self.deadline is None else min(self.deadline, ends)
+
+    def admitted(self, prompt_tokens: int) -> None:
+        """The request was accepted."""
+        self.prompt_tokens = prompt_tokens
+        if isinstance(self.reader, Counting):
+            self.reader.admitted(prompt_tokens)
 
     def sent(self, message: Response) -> None:
         """A message left."""

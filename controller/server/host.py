@@ -10,6 +10,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from phalanx.controller.units import is_loopback
+from phalanx.controller.vllm.service import SERVICE as VLLM_ENGINE
+from phalanx.controller.vllm.service import VllmEngineService
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
@@ -24,10 +26,13 @@ from .health import HealthService
 from .interceptors import Authentication, Containment
 from .kserve import SERVICE as OPEN_INFERENCE
 from .kserve import OpenInferenceService
+from .listeners import Listener, authentication, encryption
 from .operating import AdminService
 from .reflection import Descriptors
-from .security import DEFAULT_TENANT, TokenTable, check_exposure, server_credentials
+from .rights import DEFAULT_TENANT
+from .security import Keys, TlsFiles, TokenFile, check_exposure, server_credentials
 from .service import InferenceService
+from .watched import CHECK_S
 
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 SERVICE = serving_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -52,7 +57,8 @@ class GrpcHost:
     With `token_file`, every call but health checks needs a bearer token, and its line names the
     tenant; with `tls_client_ca` alone, the tenant is the common name of the caller's certificate.
     Raises `ConfigError` for an address that other machines reach without both TLS and one of
-    these, unless `insecure`. Create and use it on one running event loop.
+    these, unless `insecure`. `vllm_protocol` needs the package smg-grpc-proto.
+    Files of tokens and certificates are looked at every `check_s` seconds. Create and use it on one running event loop.
     """
 
     def __init__(
@@ -70,13 +76,22 @@ class GrpcHost:
         operators: Collection[str] = (),
         restart: Callable[[], int] | None = None,
         scale: Callable[[int], int] | None = None,
+        vllm_protocol: bool = False,
+        check_s: float = CHECK_S,
     ) -> None:
-        """operators: tenants who may call the `AdminService`; where callers are not known, all of
-        this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
+        """operators: tenants who may call the `AdminService`, beside tokens of the role admin;
+        where callers are not known, all of this machine may. restart and scale: what its `RestartReplicas` and `ScaleReplicas` do;
         None: there is no such service."""
         self._service, self._host, self._port = service, host, port
-        self._credentials = server_credentials(tls_cert, tls_key, tls_client_ca)
-        self._tokens = None if token_file is None else TokenTable.read(token_file)
+        self._files = TlsFiles.of(tls_cert, tls_key, tls_client_ca)
+        self._credentials = (
+            None if self._files is None else server_credentials(self._files, check_s=check_s)
+        )
+        self._tokens: Keys | None = (
+            None
+            if token_file is None
+            else TokenFile(token_file, operators=operators, check_s=check_s)
+        )
         known = self._tokens is not None or tls_client_ca is not None
         encrypted = self._credentials is not None
         check_exposure(host, encrypted=encrypted, authenticated=known, insecure=insecure)
@@ -85,7 +100,11 @@ class GrpcHost:
         self._admin = None
         if restart is not None and scale is not None:
             self._admin = AdminService(self._may_operate, restart, scale)
-        self._health = HealthService((SERVICE, OPEN_INFERENCE))
+        more = (VLLM_ENGINE,) if vllm_protocol else ()
+        self._health = HealthService((SERVICE, OPEN_INFERENCE, *more))
+        self._vllm_engine = (
+            VllmEngineService(service, lambda: self._health.serving) if vllm_protocol else None
+        )
         self._open_inference = OpenInferenceService(service, lambda: self._health.serving)
         self._server: Any = None
         self._reflection = reflection
@@ -112,12 +131,26 @@ class GrpcHost:
         if self._admin is not None:
             add = admin_pb2_grpc.add_AdminServiceServicer_to_server
             add(self._admin, server)
+        if self._vllm_engine is not None:
+            server.add_generic_rpc_handlers((self._vllm_engine.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
             self._add_reflection(server)
         self.address = self._bind(server)
         await server.start()
         self._server = server
+
+    @property
+    def listener(self) -> Listener:
+        """What listens here."""
+        served = ["phalanx.v1", "Open Inference Protocol"]
+        served += ["vLLM engine"] if self._vllm_engine is not None else []
+        return Listener(
+            self.address,
+            f"gRPC: {', '.join(served)}",
+            encryption(self._files),
+            authentication(self._tokens is not None, self._files),
+        )
 
     def set_serving(self, serving: bool) -> None:
         """What health checks are told. The calls themselves are not affected."""
@@ -154,18 +187,24 @@ class GrpcHost:
 
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         own = [SERVICE, OPEN_INFERENCE, *([ADMIN] if self._admin else [])]
-        names = (*own, health, reflection.SERVICE_NAME)
+        names = [*own, health, reflection.SERVICE_NAME]
         # another software's messages of the same names may be in the default pool
-        pools = (open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool)
+        pools = [open_inference_pb2.DESCRIPTOR.pool, serving_pb2.DESCRIPTOR.pool]
+        if self._vllm_engine is not None:
+            names.append(VLLM_ENGINE)
+            pools.append(self._vllm_engine.descriptors)
         reflection.enable_server_reflection(names, server, Descriptors(pools))
 
     def _may_operate(self, context: Any) -> bool:
+        if self._tokens is not None:
+            caller = self._tokens.caller(context.invocation_metadata() or ())
+            return caller.role == "admin"
         if self._operators is None:
             return is_loopback(self._host)
         return self._tenant(context) in self._operators
 
     def _tenant(self, context: Any) -> str:
         if self._tokens is not None:
-            return self._tokens.tenant(context.invocation_metadata() or ())
+            return self._tokens.caller(context.invocation_metadata() or ()).tenant
         names = context.auth_context().get("x509_common_name", ())
         return next((name.decode(errors="replace") for name in names), DEFAULT_TENANT)

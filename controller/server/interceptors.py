@@ -17,7 +17,8 @@ from phalanx.controller.tracing.context import note_parent
 from phalanx.protos.errors import InvalidArgument, PhalanxError
 from phalanx.protos.status import encode
 
-from .security import TokenTable
+from .rights import check_right
+from .security import Keys
 
 OPEN_METHODS = "/grpc.health.v1.Health/"
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -129,9 +130,10 @@ def _guarded_generator(behavior: Any, method: str, parse: Any) -> Any:
 
 
 class Authentication(grpc.aio.ServerInterceptor):
-    """Nothing but health checks is answered without a known bearer token."""
+    """Nothing but health checks is answered without a known bearer token, and nothing that its
+    role may not call."""
 
-    def __init__(self, tokens: TokenTable) -> None:
+    def __init__(self, tokens: Keys) -> None:
         self._tokens = tokens
 
     async def intercept_service(
@@ -141,7 +143,7 @@ class Authentication(grpc.aio.ServerInterceptor):
         if details.method.startswith(OPEN_METHODS):
             return await continuation(details)
         try:
-            self._tokens.tenant(details.invocation_metadata)
+            check_right(details.method, self._tokens.caller(details.invocation_metadata))
         except PhalanxError as refused:
             return _refusing(refused)
         return await continuation(details)

@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 from phalanx.controller.journal.memory import MemoryJournal
 from phalanx.controller.logs import REQUEST_ID
 from phalanx.controller.model import ServedModel
-from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.controller.tracing.context import PARENT, TRACE, Tracing
 from phalanx.protos.errors import (
     InvalidArgument,
     NotFound,
     PhalanxError,
-    RequestFailed,
     ResourceExhausted,
     Unavailable,
 )
@@ -30,7 +28,9 @@ from .answer import SLOW_RETRY_S, Answer, Received, Response
 from .books import Call, Reader
 from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
-from .security import DEFAULT_TENANT
+from .following import read_events
+from .listeners import Listener
+from .rights import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
 from .tokens import TokenTexts
 
@@ -83,6 +83,23 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """Called when new requests begin to be refused."""
         self.identify: Callable[[Any], str] = _anyone
         """The tenant behind a call's context; the host sets it."""
+        self.listeners: list[Listener] = []
+        """All that this server listens on; whoever starts one adds it."""
+
+    @property
+    def engine(self) -> Engine:
+        """Where tokens come from."""
+        return self._engine
+
+    @property
+    def model(self) -> ServedModel:
+        """The served model."""
+        return self._model
+
+    @property
+    def dtype(self) -> str:
+        """The number format in use."""
+        return self._dtype
 
     @property
     def model_name(self) -> str:
@@ -147,7 +164,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             kept = call.outlived and bool(admitted.fingerprint)
             if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
                 self._check_open()
-            call.prompt_tokens = len(admitted.prompt_token_ids)
+            call.admitted(len(admitted.prompt_token_ids))
             REQUEST_ID.set(admitted.request_id)
             if (trace := TRACE.get()) is not None:
                 trace.admitted(admitted.request_id, call.prompt_tokens)
@@ -204,7 +221,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             priority=admitted.priority,
         )
         # its end frees the request in the engine at once, whatever ended it here
-        await self._send(answer, _read(events, answer), call, kind, admitted.request_id)
+        await self._send(answer, read_events(events, answer), call, kind, admitted.request_id)
 
     async def _follow(
         self, session: Session, call: Call, kind: type[Response], received: Received
@@ -220,7 +237,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             header.tools,
         )
         with self._sessions.reading(session) as events:
-            reading = _read(events, answer, at_ease=True)
+            reading = read_events(events, answer, at_ease=True)
             await self._send(answer, reading, call, kind, header.request_id)
 
     async def _send(
@@ -316,7 +333,12 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     ) -> serving_pb2.GetClusterStateResponse:
         """The replicas as of the last step."""
         _refuse_unknown(request)
-        return cluster_state(self._engine.snapshot())
+        state = cluster_state(self._engine.snapshot())
+        for item in self.listeners:
+            state.listeners.add(
+                address=item.address, protocol=item.protocol, tls=item.tls, auth=item.auth
+            )
+        return state
 
     async def ExplainPlacement(
         self, request: serving_pb2.ExplainPlacementRequest, context: Any
@@ -363,28 +385,6 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         """Release the threads. What outlives its call waits in the journal for the next process."""
         self._sessions.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-async def _read(
-    events: AsyncIterator[list[TokenEvent]], answer: Answer, *, at_ease: bool = False
-) -> None:
-    """Fold in events until the answer is over; then, or when cancelled, close.
-
-    at_ease: events wait where they are for a slow reader; else there is an end to its slowness.
-    """
-    try:
-        async for batch in events:
-            if at_ease:
-                await answer.room()
-            answer.fold(batch)
-            if answer.over:
-                return
-        answer.fail(RequestFailed("the engine ended the request early"))
-    except Exception as error:  # noqa: BLE001  handed to the call, which raises it
-        answer.fail(error)
-    finally:
-        if close := getattr(events, "aclose", None):
-            await close()
 
 
 def _refuse_unknown(request: Any) -> None:

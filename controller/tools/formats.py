@@ -14,6 +14,8 @@ from .readers import BareReader, HarmonyReader, HermesReader, MistralReader, Pyt
 from .scanning import ToolReader
 
 ANY_ARGUMENTS = '{"type":"object"}'
+_PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as it stands in what models learn calls from: on one line, a space behind each mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ def forced_calls(name: str, tools: Sequence[Tool], spell: Spell, *, single: bool
     known = FORMATS[name]
     calls = []
     for tool in tools:
-        arguments = f"%json {tool.parameters or ANY_ARGUMENTS}"
+        schema = json.loads(tool.parameters or ANY_ARGUMENTS)
+        arguments = f"%json {json.dumps(schema | {'x-guidance': _PLAIN})}"
         if known.forced is _harmony:
             calls.append(f"{_quoted(tool.name)}<MIDDLE>{arguments}")
         else:

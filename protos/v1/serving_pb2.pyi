@@ -254,9 +254,11 @@ class GetClusterStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStateResponse(_message.Message):
-    __slots__ = ("replicas", "queued_requests")
+    __slots__ = ("replicas", "queued_requests", "listeners")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaState]
     queued_requests: int
-    def __init__(self, replicas: _Optional[_Iterable[_Union[_types_pb2.ReplicaState, _Mapping]]] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    listeners: _containers.RepeatedCompositeFieldContainer[_types_pb2.ListenerState]
+    def __init__(self, replicas: _Optional[_Iterable[_Union[_types_pb2.ReplicaState, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., listeners: _Optional[_Iterable[_Union[_types_pb2.ListenerState, _Mapping]]] = ...) -> None: ...

@@ -132,7 +132,8 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetClusterState(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """For administrators, where callers have roles.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -188,6 +188,18 @@ class ToolCall(_message.Message):
     arguments: str
     def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
 
+class ListenerState(_message.Message):
+    __slots__ = ("address", "protocol", "tls", "auth")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
+    AUTH_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    protocol: str
+    tls: str
+    auth: str
+    def __init__(self, address: _Optional[str] = ..., protocol: _Optional[str] = ..., tls: _Optional[str] = ..., auth: _Optional[str] = ...) -> None: ...
+
 class ReplicaState(_message.Message):
     __slots__ = ("replica_id", "state", "ranks", "running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_block_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "steps", "tp", "tp_desired", "condition", "outdated", "host_blocks_total", "host_blocks_used", "host_hit_tokens", "disk_blocks_total", "disk_blocks_used", "disk_hit_tokens", "move_failures")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]

@@ -59,6 +59,7 @@ NARROWER = {
         "workers/tracing.py",
     ),
     "llguidance": ("protos/grammars.py",),
+    "smg_grpc_proto": ("controller/vllm/service.py",),
 }
 """Packages that only these files and folders use."""
 

@@ -21,6 +21,8 @@ MADE_BY_CHART = {
     "port",
     "metrics_host",
     "metrics_port",
+    "openai_host",
+    "openai_port",
     "tls_cert",
     "tls_key",
     "tls_client_ca",
@@ -80,6 +82,44 @@ def test_every_mode_fits_the_schemas(
     assert config.insecure == (mode == "mesh")
 
 
+@pytest.mark.parametrize("mode", ["mtls", "tls", "mesh"])
+def test_the_http_front_has_a_port(
+    template: Any, load: Any, check_schema: Any, tmp_path: Path, mode: str
+) -> None:
+    """In the container, the services and the policy, where it is asked for and not else."""
+    arguments = ["--set", f"security.mode={mode}", "--set", "config.vllm_protocol=true"]
+    for asked in (False, True):
+        if asked:
+            arguments += ["--set", "openai.enabled=true", "--set", "openai.port=80"]
+        made = template(*arguments)
+        assert made.returncode == 0, made.stderr
+        objects = load(made.stdout)
+        for item in objects:
+            check_schema(item)
+        [deployment] = [item for item in objects if item["kind"] == "Deployment"]
+        [container] = deployment["spec"]["template"]["spec"]["containers"]
+        opened = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert opened.get("openai") == (8000 if asked else None)
+        services = [item for item in objects if item["kind"] == "Service"]
+        ports = [
+            [port for port in item["spec"]["ports"] if port["name"] == "openai"]
+            for item in services
+        ]
+        assert [[port["port"] for port in found] for found in ports] == (
+            [[8000], [80]] if asked else [[], []]
+        )
+        [policy] = [item for item in objects if item["kind"] == "NetworkPolicy"]
+        allowed = {port["port"] for port in policy["spec"]["ingress"][0]["ports"]}
+        assert allowed == ({50051, 8000} if asked else {50051})
+        [text] = [
+            item["data"]["config.toml"] for item in objects if "config.toml" in item.get("data", {})
+        ]
+        file = tmp_path / "config.toml"
+        file.write_text(text, encoding="utf-8")
+        config = load_config(file, {})
+        assert (config.openai_port, config.vllm_protocol) == (8000 if asked else None, True)
+
+
 def test_keda_scales_by_a_query(template: Any, load: Any, check_schema: Any) -> None:
     made = template("--set", "pod.autoscaling.kind=keda")
     [scaled] = [item for item in load(made.stdout) if item["kind"] == "ScaledObject"]
@@ -113,6 +153,9 @@ def test_keda_scales_by_a_query(template: Any, load: Any, check_schema: Any) -> 
         (["security.mode=tls", "monitoring.podMonitor=true"], "monitoring.podMonitor"),
         (["security.mode=none"], "mode"),
         (["drain.graceSeconds=20"], "graceSeconds"),
+        (["openai.port=0"], "port"),
+        (["openai.token=x"], "token"),
+        (["config.openai_port=8000"], "openai_port"),
         (["unknown=1"], "unknown"),
     ],
 )

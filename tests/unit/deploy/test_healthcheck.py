@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 
 from phalanx.controller.server.health import HealthService
-from phalanx.controller.server.security import server_credentials
+from phalanx.controller.server.security import TlsFiles, server_credentials
 
 HEALTHY, UNHEALTHY, REFUSED = 0, 1, 2
 
@@ -118,7 +118,7 @@ def test_tls(serve: Serve, probe: Callable[..., int], certificates: Path, mutual
     files = {name: str(certificates / f"tls.{end}") for name, end in _ENDINGS.items()}
     authority = str(certificates / "ca.crt")
     credentials = server_credentials(
-        files["tls_cert"], files["tls_key"], authority if mutual else None
+        TlsFiles(files["tls_cert"], files["tls_key"], authority if mutual else None)
     )
     port = serve(serving=True, credentials=credentials)
     if mutual:

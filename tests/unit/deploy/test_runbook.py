@@ -75,7 +75,7 @@ def test_token_file_of_the_runbook_is_read(runbook: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     table = TokenTable.read(str(tmp_path / "tokens"))
     token = (tmp_path / "token").read_text().strip()
-    assert table.tenant([("authorization", f"Bearer {token}")]) == "team-a"
+    assert table.caller([("authorization", f"Bearer {token}")]).tenant == "team-a"
 
 
 def test_drain_is_as_long_as_it_says(runbook: str, deploy: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = [
     "generate",
     "status",
     "explain",
+    "token",
     "plan",
     "models",
     "bench",
