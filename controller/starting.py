@@ -13,11 +13,13 @@ import msgspec
 from rich.console import Console
 
 from phalanx.protos.errors import GroupLost
+from phalanx.protos.failpoints import failpoints
 
 from .cluster.fleet import Fleet, RankFacts
 from .cluster.placement import MemoryPlan
 from .cluster.sizing import Node, size_group
 from .config import ClusterConfig
+from .failing import FailingCache
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .kvcache.manager import KVCacheManager
@@ -159,7 +161,10 @@ class ReplicaStarter:
 
     def _make_cache(self, memory: MemoryPlan) -> KVCacheManager:
         config = self._config
-        return KVCacheManager(
+        make: Callable[..., KVCacheManager] = KVCacheManager
+        if (points := failpoints()) is not None:
+            make = functools.partial(FailingCache, points)
+        return make(
             memory.cache.num_blocks,
             memory.cache.block_size,
             prefix_caching=config.prefix_caching,
