@@ -79,7 +79,7 @@ SCENARIOS = (
     Scenario(4, "stopped", (Harm("stop", seconds=30),), TINY, MANY, 4, 20, 1),
     Scenario(5, "aborted", (Harm("abort"),), TINY, MANY, 1, 15, 1),
     Scenario(5, "segmentation-fault", (Harm("segv", rank=0),), SHM, MANY, 1, 15, 1),
-    Scenario(6, "slow", (Harm("slow", (0.05, 0.3), seconds=20),), TINY, MANY, groups=0),
+    Scenario(6, "slow", (Harm("slow", (0.01, 0.1), seconds=20),), TINY, Load(32, 180), groups=0),
     Scenario(
         7,
         "lock-held",
