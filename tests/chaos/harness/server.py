@@ -65,6 +65,8 @@ class Server:
         if "--kv-tokens" not in topology.flags:
             arguments += ["--kv-tokens", "8192"]
         self._arguments = [*arguments, *topology.flags]
+        self._prefix: list[str] = []
+        self._more: dict[str, str] = {}
 
     # --- life ---
 
@@ -76,11 +78,22 @@ class Server:
         begun = len(self.said)
         script = f"{self.topology.prelude}\n{SERVE}"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", script, *self._arguments, "--port", self._port],
+            [
+                *self._prefix,
+                sys.executable,
+                "-P",
+                "-c",
+                script,
+                *self._arguments,
+                "--port",
+                self._port,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {FLAG: str(self.points), MARK: self.mark, "COLUMNS": "200"},
+            env=os.environ
+            | {FLAG: str(self.points), MARK: self.mark, "COLUMNS": "200"}
+            | self._more,
         )
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
         if wait:
