@@ -108,6 +108,7 @@ class TwoNodes(Server):
         self.cable = Cable()
         self._ray: dict[str, subprocess.Popen[bytes]] = {}
         self._log = folder / "ray.log"
+        self._started = 0
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
         self._more = token | {"RAY_USAGE_STATS_ENABLED": "0", MARK: self.mark}
         self._prefix = self._inside("a")
@@ -141,13 +142,11 @@ class TwoNodes(Server):
             self._ray[side] = subprocess.Popen(
                 [*self._inside(side), *words], stdout=log, stderr=log, env=environment
             )
-        if side == "a":
-            self._await_head()
-
-    def _await_head(self) -> None:
+        self._started += 1
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if "Ray runtime started" in self._log.read_text(errors="replace"):
+            said = self._log.read_text(errors="replace").count("Ray runtime started")
+            if said >= self._started:
                 return
             time.sleep(0.1)
         raise AssertionError(f"Ray did not start: {self._log.read_text(errors='replace')[-800:]}")
