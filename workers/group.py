@@ -229,7 +229,9 @@ def _shared_memory(
             store.set("all-open", "1")
         store.wait(["all-open"])  # no longer than the store's timeout
 
-    return SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
+    joined = SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
+    joined.rendezvous = store  # a peer may still be waiting for its server's last answer
+    return joined
 
 
 def build_engine(

@@ -142,12 +142,11 @@ DurableJournal.append = eager
 """
 
 
-async def killed_before_the_first_commit(clusters: Any, topology: Any) -> list[str]:
+async def killed_before_the_first_commit(server: Any, known: Any, name: str) -> list[str]:
     """Kinds of faults, when the controller dies with the first tokens sampled and not on disk."""
-    asks, reference = clusters.reference(SHM, LOAD)
-    server = clusters.get(topology)
+    asks, reference = known
     async with AsyncClient(server.address, timeout=300) as client:
-        reading = begin(client, asks, clusters.name())
+        reading = begin(client, asks, name)
         await HARMS["arm-controller"](server, Harm("arm-controller", point="sampled", seconds=1))
         records = await reading.finish()
         await server.restarting  # type: ignore[attr-defined]
@@ -158,9 +157,11 @@ async def killed_before_the_first_commit(clusters: Any, topology: Any) -> list[s
 @pytest.mark.timeout(1200)
 def test_sending_before_the_journal_is_found(clusters: Any) -> None:
     """Test 13 sees that clients have what nobody knows of any more."""
-    assert asyncio.run(killed_before_the_first_commit(clusters, SHM)) == []
-    mutated = replace(SHM, prelude=SEND_FIRST)
-    assert "lost" in asyncio.run(killed_before_the_first_commit(clusters, mutated))
+    known = clusters.reference(SHM, LOAD)
+    for prelude in ("", SEND_FIRST):
+        server = clusters.get(replace(SHM, prelude=prelude))
+        kinds = asyncio.run(killed_before_the_first_commit(server, known, clusters.name()))
+        assert kinds == (["lost"] if prelude else [])
 
 
 LEAK = """
@@ -177,10 +178,10 @@ KVCacheManager.release = leaky
 @pytest.mark.timeout(1200)
 def test_a_block_that_is_not_freed_is_found(clusters: Any) -> None:
     """Test 27's look at the blocks, and that of every scenario."""
+    asks, reference = clusters.reference(SHM, LOAD)
+    server = clusters.get(replace(SHM, prelude=LEAK))
 
     async def ask() -> list[str]:
-        asks, reference = clusters.reference(SHM, LOAD)
-        server = clusters.get(replace(SHM, prelude=LEAK))
         async with AsyncClient(server.address, timeout=300) as client:
             records = await begin(client, asks, clusters.name()).finish()
             return sorted({fault.kind for fault in judge(records, reference, await idle(client))})

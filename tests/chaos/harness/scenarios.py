@@ -57,7 +57,8 @@ SHM = Topology(flags=())
 REAL_GLOO = Topology(REAL)
 REAL_SHM = Topology(REAL, flags=())
 MOVES = Topology(replicas=2, tp=2)
-START = Harm("kill", (0.0, 0.0))
+PRESSED = Topology(flags=("--kv-tokens", "1024"))
+"""All streams of `MANY` together want four times as much."""
 
 SCENARIOS = (
     Scenario(1, "gate", (Harm("kill"),), SHM, detect_s=1, gap_s=15, groups=1, gate=True),
@@ -93,6 +94,7 @@ SCENARIOS = (
     Scenario(8, "controller", (Harm("controller"),), TINY, Load(16, 80), gap_s=30, gate=True),
     Scenario(8, "twice", (Harm("controller", (0.1, 0.4)), Harm("controller")), REAL_GLOO, MANY),
     Scenario(8, "torn-tail", (Harm("torn"),), TINY, MANY),
+    Scenario(23, "pressure", (), PRESSED, MANY, groups=0, gate=True),
     Scenario(12, "out-of-memory", (Harm("memory"),), TINY, MANY, 2, 20, 1),
     *(
         Scenario(
