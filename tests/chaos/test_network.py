@@ -94,3 +94,22 @@ def test_streams_outlive_a_cable(
     print(f"{outcome.scenario}: noticed {outcome.detect_s}, {outcome.faults[:3]}")
     assert outcome.faults == [], two_nodes.said[-20:]
     assert outcome.detect_s[0] <= 6
+
+
+@pytest.mark.bar(18)
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_bad_line_is_no_death(two_nodes: TwoNodes, clusters: Any) -> None:
+    """50 ms of delay, a twentieth of the packets lost, some out of order."""
+    if why := two_nodes.cable.spoil():
+        pytest.skip(why)
+    asks, reference = two_nodes.known  # type: ignore[attr-defined]
+    line = len(two_nodes.said)
+
+    async def ask() -> None:
+        async with AsyncClient(two_nodes.address, timeout=900) as client:
+            records = await begin(client, asks, clusters.name()).finish(600)
+            assert judge(records, reference, await idle(client)) == []
+
+    asyncio.run(ask())
+    assert not [text for _, text in two_nodes.said[line:] if re.search(LOST, text)]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from .scenarios import Harm
-from .server import Server, stopped
+from harness.scenarios import Harm
+from harness.server import Server, stopped
 
 CGROUPS = Path("/sys/fs/cgroup")
 QUOTA_US = 100_000

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.history import End, Piece, Record
 from phalanx.controller.client import AsyncClient
 from phalanx.protos.errors import PhalanxError, ResourceExhausted
 from phalanx.protos.v1 import types_pb2
-
-from .history import End, Piece, Record
 
 REASONS = {
     value: name.removeprefix("FINISH_REASON_").lower()

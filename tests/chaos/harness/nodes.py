@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from .server import MARK, Server, Topology
+from harness.server import MARK, Server, Topology
 
 NOBODY = "02:00:00:00:00:99"
 PORT = 6379
@@ -82,6 +82,20 @@ class Cable:
                 *("dev", self._links[side]),
                 space=self.spaces[side],
             )
+
+    def spoil(self) -> str:
+        """Delay, loss and reordering, until it is closed; why not, where the kernel has none."""
+        for side in "ab":
+            done = subprocess.run(
+                ["tc", "-n", self.spaces[side], "qdisc", "add", "dev", self._links[side], "root"]
+                + ["netem", "delay", "25ms", "5ms", "loss", "5%", "reorder", "5%"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                return f"no netem here: {done.stderr.strip()}"
+        return ""
 
     def heal(self) -> None:
         """As good as new."""

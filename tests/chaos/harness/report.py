@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .history import bound
-from .running import Outcome, percentile
+from harness.history import bound
+from harness.running import Outcome, percentile
 
 HEAD = (
     "| Test | Runs | Streams | Lost | Repeated | Changed | Noticed, s | Pause p50, s | p95, s "

@@ -11,13 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from harness.harms import HARMS
+from harness.history import Answer, Fault, Record, Remains, judge
+from harness.load import Ask, begin
+from harness.scenarios import Harm, Scenario
+from harness.server import Server
 from phalanx.controller.client import AsyncClient
-
-from .harms import HARMS
-from .history import Answer, Fault, Record, Remains, judge
-from .load import Ask, begin
-from .scenarios import Harm, Scenario
-from .server import Server
 
 LOST = r"^replica-\d+: (?!starting a new|ready again)"
 READY_S = 120.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .server import Topology
+from harness.server import Topology
 
 REAL = "smollm2"
 
