@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from harness.history import Answer, End, Fault, Piece, Record, Remains, bound, judge, reference_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Draw = st.DataObject
@@ -134,6 +134,7 @@ PLANTED: tuple[Callable[[Draw, Record], str], ...] = (
 )
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_a_right_history_has_no_faults(world: tuple[dict[int, Answer], list[Record]]) -> None:
     answers, records = world
@@ -142,6 +143,7 @@ def test_a_right_history_has_no_faults(world: tuple[dict[int, Answer], list[Reco
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+@settings(deadline=None)
 @given(world=worlds(), draw=st.data())
 def test_a_planted_fault_is_found_and_named(
     plant: Callable[[Draw, Record], str],
@@ -156,6 +158,7 @@ def test_a_planted_fault_is_found_and_named(
     assert {fault.request for fault in found} == {record.request}
 
 
+@settings(deadline=None)
 @given(worlds(), st.data())
 def test_who_left_or_was_refused_has_lost_nothing(
     world: tuple[dict[int, Answer], list[Record]], draw: Draw

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -66,18 +67,32 @@ async def slow(server: Server, harm: Harm) -> None:
         await asyncio.sleep(harm.seconds)
 
 
+HOG = """
+import sys, time
+open("/proc/self/oom_score_adj", "w").write("-1000")
+open(sys.argv[1], "w").write("0")
+held = [bytearray(b"x" * 2**20) for _ in range(400)]
+"""
+"""Takes memory in a control group until the kernel ends somebody else there for it."""
+
+
 async def memory(server: Server, harm: Harm) -> None:
-    """The kernel ends a rank for want of memory."""
+    """The kernel ends a rank for want of memory: all are in one control group from their start."""
     server.groups_lost += 1
-    victim = server.ranks()[harm.rank]
-    with controlled("memory", server.mark, victim) as group:
-        for _ in range(200):
-            with contextlib.suppress(OSError):  # pages that cannot be dropped are in use
-                (group / "memory.limit_in_bytes").write_text(str(2**20))
-            if not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE:
-                return
-            await asyncio.sleep(0.05)
-    raise AssertionError("the kernel ended nothing")
+    group = server.memory_group()
+    used = int((group / "memory.usage_in_bytes").read_text())
+    before = [process for process in server.ranks().values()]
+    (group / "memory.limit_in_bytes").write_text(str(used + 30 * 2**20))
+    procs = str(group / "cgroup.procs")
+    hog = await asyncio.create_subprocess_exec(sys.executable, "-P", "-c", HOG, procs)
+    try:
+        async with asyncio.timeout(60):
+            while all(item.is_running() and item.status() != "zombie" for item in before):
+                await asyncio.sleep(0.01)
+    finally:
+        hog.kill()
+        await hog.wait()
+        (group / "memory.limit_in_bytes").write_text("-1")
 
 
 @contextlib.contextmanager

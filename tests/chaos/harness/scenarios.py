@@ -56,6 +56,7 @@ TINY = Topology()
 SHM = Topology(flags=())
 REAL_GLOO = Topology(REAL)
 REAL_SHM = Topology(REAL, flags=())
+GROUPED = Topology(in_memory_group=True)
 MOVES = Topology(replicas=2, tp=2)
 PRESSED = Topology(flags=("--kv-tokens", "1024"))
 """All streams of `MANY` together want four times as much."""
@@ -95,7 +96,7 @@ SCENARIOS = (
     Scenario(8, "twice", (Harm("controller", (0.1, 0.4)), Harm("controller")), REAL_GLOO, MANY),
     Scenario(8, "torn-tail", (Harm("torn"),), TINY, MANY),
     Scenario(23, "pressure", (), PRESSED, MANY, groups=0, gate=True),
-    Scenario(12, "out-of-memory", (Harm("memory"),), TINY, MANY, 2, 20, 1),
+    Scenario(12, "out-of-memory", (Harm("memory"),), GROUPED, MANY, gap_s=20, groups=1),
     *(
         Scenario(
             13,

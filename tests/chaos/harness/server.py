@@ -24,6 +24,7 @@ from phalanx.protos.failpoints import FLAG
 
 MARK = "PHALANX_CHAOS_MARK"
 SERVE = "from phalanx.controller.cli import main; main()"
+GROUPS = Path("/sys/fs/cgroup/memory")
 START_S = 240.0
 END_S = 60.0
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -39,6 +40,8 @@ class Topology:
     replicas: int = 1
     flags: tuple[str, ...] = ("--collectives", "gloo")
     journal: bool = True
+    in_memory_group: bool = False
+    """Whether all its processes are in a control group for memory; needs root and its version 1."""
     prelude: str = ""
     """Python that the process runs before it serves: for guards that tests switch off."""
 
@@ -77,6 +80,9 @@ class Server:
             path.unlink()
         begun = len(self.said)
         script = f"{self.topology.prelude}\n{SERVE}"
+        if self.topology.in_memory_group:
+            self.memory_group().mkdir(exist_ok=True)
+            script = f"open('{self.memory_group()}/cgroup.procs', 'w').write('0')\n{script}"
         self._process = subprocess.Popen(
             [
                 *self._prefix,
@@ -106,6 +112,10 @@ class Server:
                 if found := re.match(r"metrics on (\S+)", text):
                     self.metrics = found[1]
         return self.address
+
+    def memory_group(self) -> Path:
+        """The control group of its processes."""
+        return GROUPS / f"phalanx-{self.mark}"
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
@@ -205,6 +215,8 @@ class Server:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        with contextlib.suppress(OSError):
+            self.memory_group().rmdir()
 
     def arm(self, point: str, **what: Any) -> None:
         """Arm a failpoint; see `protos/failpoints.py`."""
