@@ -52,20 +52,23 @@ class Scenario:
 
 
 MANY = Load(32, 64)
+MIDDLE = Load(16, 48)
 TINY = Topology()
 SHM = Topology(flags=())
 REAL_GLOO = Topology(REAL)
 REAL_SHM = Topology(REAL, flags=())
+SPARED = Topology(flags=("--collectives", "gloo", "--spares", "1"))
 GROUPED = Topology(in_memory_group=True)
 MOVES = Topology(replicas=2, tp=2)
-PRESSED = Topology(flags=("--kv-tokens", "1024"))
-"""All streams of `MANY` together want four times as much."""
+PRESSED = Topology(flags=("--kv-tokens", "320"))
+"""All streams of `MIDDLE` together want four times as much."""
 
 SCENARIOS = (
     Scenario(1, "gate", (Harm("kill"),), SHM, detect_s=1, gap_s=15, groups=1, gate=True),
     Scenario(1, "cold", (Harm("kill", (0.0, 0.9)),), REAL_GLOO, MANY, 1, 15, 1),
     Scenario(1, "shared-memory", (Harm("kill", (0.0, 0.9)),), REAL_SHM, MANY, 1, 15, 1),
     Scenario(1, "live-replica", (Harm("kill", (0.0, 0.9)),), MOVES, MANY, 1, 3, 1),
+    Scenario(1, "spare", (Harm("kill", (0.0, 0.9)),), SPARED, MANY, 1, 5, 1),
     Scenario(2, "cold", (Harm("kill", (0.0, 0.9), rank=0),), REAL_GLOO, MANY, 1, 15, 1),
     Scenario(2, "tiny", (Harm("kill", (0.0, 0.9), rank=0),), TINY, MANY, 1, 15, 1),
     Scenario(
@@ -92,18 +95,18 @@ SCENARIOS = (
         25,
         1,
     ),
-    Scenario(8, "controller", (Harm("controller"),), TINY, Load(16, 80), gap_s=30, gate=True),
+    Scenario(8, "controller", (Harm("controller"),), SHM, MIDDLE, gap_s=30, gate=True),
     Scenario(8, "twice", (Harm("controller", (0.1, 0.4)), Harm("controller")), REAL_GLOO, MANY),
     Scenario(8, "torn-tail", (Harm("torn"),), TINY, MANY),
-    Scenario(23, "pressure", (), PRESSED, MANY, groups=0, gate=True),
+    Scenario(23, "pressure", (), PRESSED, MIDDLE, groups=0, gate=True),
     Scenario(12, "out-of-memory", (Harm("memory"),), GROUPED, MANY, gap_s=20, groups=1),
     *(
         Scenario(
             13,
             point,
             (Harm("arm-controller", (0.0, 0.7), point=point, seconds=seconds),),
-            TINY,
-            Load(16, 48),
+            SHM,
+            MIDDLE,
             gate=point in ("sampled", "releasing"),
         )
         for point, seconds in (
@@ -118,14 +121,14 @@ SCENARIOS = (
         "epoch",
         (Harm("arm-controller", (0.1, 0.5), point="epoch"), Harm("kill", (0.0, 0.0))),
         TINY,
-        Load(16, 48),
+        MIDDLE,
     ),
     Scenario(
         13,
         "releasing-raises",
         (Harm("arm", (0.0, 0.5), point="releasing", action="raise"),),
         TINY,
-        Load(16, 48),
+        MIDDLE,
         groups=1,
     ),
 )
