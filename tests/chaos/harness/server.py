@@ -63,8 +63,7 @@ class Server:
         arguments = ["serve", model, "--tp", str(topology.tp)]
         arguments += ["--replicas", str(topology.replicas), "--dtype", "float32"]
         arguments += ["--log-level", "warning", "--metrics-port", "0", "--threads", "1"]
-        if topology.journal:
-            arguments += ["--journal", str(folder / "journal")]
+        arguments += ["--journal", str(folder / "journal") if topology.journal else "off"]
         if "--kv-tokens" not in topology.flags:
             arguments += ["--kv-tokens", "8192"]
         self._arguments = [*arguments, *topology.flags]
