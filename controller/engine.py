@@ -14,13 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from phalanx.protos.errors import (
-    AlreadyExists,
-    GroupLost,
-    ResourceExhausted,
-    SetAside,
-    Unavailable,
-)
+from phalanx.protos.errors import AlreadyExists, GroupLost, ResourceExhausted, Unavailable
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import DecoderSpec
@@ -328,9 +322,7 @@ class AsyncEngine:
             del self._by_name[stream.name]
             stream.lose(blamed=not handle.leaving)
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
-                text = f"the ranks died {stream.losses} times while they computed this request"
-                self._quarantine.set_aside(*stream.asked, time.monotonic())
-                stream.end(FinishReason.ERROR, error=SetAside(text))
+                self._quarantine.convict(stream, time.monotonic())
             else:
                 self._leave_homeless(stream)
         self._place_homeless()

@@ -11,6 +11,9 @@ import msgspec
 from phalanx.protos.errors import SetAside
 from phalanx.protos.sampling import SamplingParams
 
+from .scheduling.request import FinishReason
+from .stream import Stream
+
 KEEP_S = 600.0
 MOST = 1024
 
@@ -22,6 +25,14 @@ class Quarantine:
         """keep_s: for so long a request is refused. most: of how many; the oldest are let go."""
         self._keep_s, self._most = keep_s, most
         self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def convict(self, stream: Stream, now: float) -> None:
+        """End a request that groups died of, and refuse such ones from now on. A request without a
+        name is a canary: its group died, not of it."""
+        text = f"the ranks died {stream.losses} times while they computed this request"
+        if stream.request_id:
+            self.set_aside(*stream.asked, now)
+        stream.end(FinishReason.ERROR, error=SetAside(text))
 
     def set_aside(self, prompt: Sequence[int], params: SamplingParams, now: float) -> None:
         """Refuse such requests from now on."""
