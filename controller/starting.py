@@ -13,12 +13,14 @@ import msgspec
 from rich.console import Console
 
 from phalanx.protos.errors import GroupLost
+from phalanx.protos.failpoints import failpoints
 from phalanx.protos.specs import TierSpec
 
 from .cluster.fleet import Fleet, RankFacts
 from .cluster.placement import MemoryPlan
 from .cluster.sizing import Node, plan_tiers, size_group
 from .config import ClusterConfig
+from .failing import FailingCache
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .kvcache.manager import KVCacheManager
@@ -172,7 +174,10 @@ class ReplicaStarter:
     def _make_cache(self, memory: MemoryPlan, tiers: LowerTiers | None) -> KVCacheManager:
         config = self._config
         block_bytes = max(rank.kv_per_token for rank in memory.ranks) * memory.cache.block_size
-        return KVCacheManager(
+        make: Callable[..., KVCacheManager] = KVCacheManager
+        if (points := failpoints()) is not None:
+            make = functools.partial(FailingCache, points)
+        return make(
             memory.cache.num_blocks,
             memory.cache.block_size,
             prefix_caching=config.prefix_caching,

@@ -78,6 +78,11 @@ class Stream:
         return f"{self._number}.{self._attempt}"
 
     @property
+    def asked(self) -> tuple[Sequence[int], SamplingParams]:
+        """Prompt and parameters."""
+        return self.prompt_token_ids, self._params
+
+    @property
     def finished(self) -> bool:
         """Whether every sample has had its last event."""
         return not self._outputs

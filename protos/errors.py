@@ -109,6 +109,12 @@ class RequestFailed(PhalanxError):
     status = "INTERNAL"
 
 
+class SetAside(PhalanxError):
+    """Groups of ranks died of this request, again and again; it is not run for a while."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class ConfigError(PhalanxError):
     """The operator's configuration is refused: a flag, a size, a bind address."""
 

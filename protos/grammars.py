@@ -47,6 +47,9 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
             raise _refused(grammar.kind, matcher.get_error())
+        matcher.compute_bitmask()  # a grammar may be well formed, and have no text at all
+        if matcher.is_error():
+            raise _refused(grammar.kind, f"no text can begin: {matcher.get_error()}")
         return matcher
 
 

@@ -20,6 +20,7 @@ from .errors import (
     PhalanxError,
     RequestFailed,
     ResourceExhausted,
+    SetAside,
     Unauthenticated,
     Unavailable,
 )
@@ -27,6 +28,7 @@ from .errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 DEFAULT_RETRY_S = 1.0
+QUARANTINE = "QUARANTINE"
 # Trailers travel as headers, which clients refuse beyond 8 KiB in all.
 MAX_TEXT_BYTES = 600
 MAX_DETAILS_BYTES = 3072
@@ -52,7 +54,8 @@ def encode(error: PhalanxError) -> tuple[grpc.StatusCode, str, Trailers]:
 
     `InvalidArgument` carries `BadRequest` with a violation per field, as many as trailers hold;
     `ResourceExhausted`, and `Unavailable` where it knows when, carry `RetryInfo` and
-    `grpc-retry-pushback-ms`.
+    `grpc-retry-pushback-ms`. `SetAside` carries `PreconditionFailure`, which tells it from other
+    failed preconditions.
     """
     code = grpc.StatusCode[error.status]
     text = _shortened(str(error))
@@ -66,6 +69,10 @@ def encode(error: PhalanxError) -> tuple[grpc.StatusCode, str, Trailers]:
         retry.retry_delay.FromMilliseconds(milliseconds)
         status.details.add().Pack(retry)
         trailers = ((PUSHBACK_KEY, str(milliseconds)),)
+    elif isinstance(error, SetAside):
+        failure = error_details_pb2.PreconditionFailure()
+        failure.violations.add(type=QUARANTINE)
+        status.details.add().Pack(failure)
     else:
         return code, text, ()
     return code, text, ((DETAILS_KEY, status.SerializeToString()), *trailers)
@@ -89,6 +96,10 @@ def decode(
     if code is grpc.StatusCode.UNAVAILABLE:
         told = any(detail.Unpack(retry) for detail in details)
         return Unavailable(text, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        failure = error_details_pb2.PreconditionFailure()
+        if any(detail.Unpack(failure) for detail in details):
+            return SetAside(text)
     kind = _TYPES.get(code.name)
     return kind(text) if kind else PhalanxError(f"{code.name}: {text}")
 

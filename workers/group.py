@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from phalanx.kernels.fused import FusingBackend, PeerBuffers
 from phalanx.kernels.select import select_backend
+from phalanx.protos.failpoints import failpoints
 from phalanx.protos.recording import MAX_RECORDED_ROWS
 from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec, activation_dtype
 
@@ -228,7 +229,9 @@ def _shared_memory(
             store.set("all-open", "1")
         store.wait(["all-open"])  # no longer than the store's timeout
 
-    return SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
+    joined = SharedMemoryRank.join(rank, size, slot, exchange, barrier, timeout)
+    joined.rendezvous = store  # a peer may still be waiting for its server's last answer
+    return joined
 
 
 def build_engine(
@@ -247,4 +250,11 @@ def build_engine(
     if wanted and getattr(group, "capturable", group.size == 1):
         recorder = CudaGraphs(torch.device(spec.device))
     kernels = reason.removeprefix("kernels: ")
-    return Engine(spec, group, backend, kernels, pipeline, recorder)
+    parts = (spec, group, backend, kernels, pipeline, recorder)
+    if (points := failpoints(rank)) is not None:
+        from .failing import FailingEngine
+
+        failing = FailingEngine(*parts)
+        failing.points, failing.name = points, f"{spec.epoch}-{rank}"
+        return failing
+    return Engine(*parts)

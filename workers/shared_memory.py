@@ -55,6 +55,9 @@ def _create(path: str, length: int) -> int:
 class SharedMemoryRank:
     """`TensorParallel` over one memory segment; tensors beyond `slot_bytes` go in pieces."""
 
+    rendezvous: object = None
+    """What must live as long as the group does."""
+
     def __init__(
         self, rank: int, size: int, segment: mmap.mmap, slot_bytes: int, timeout: timedelta
     ) -> None:

@@ -16,8 +16,8 @@ from phalanx.controller.stream import SET_ASIDE_AFTER_LOSSES
 from phalanx.protos.errors import (
     AlreadyExists,
     GroupLost,
-    RequestFailed,
     ResourceExhausted,
+    SetAside,
     Unavailable,
 )
 from phalanx.protos.sampling import SamplingParams
@@ -272,8 +272,13 @@ def test_a_request_whose_ranks_die_again_and_again_is_set_aside_and_others_are_n
                     replica.step(key)
         await innocent_task
         assert len(tokens(innocent)) == 40
-        with pytest.raises(RequestFailed):
+        with pytest.raises(SetAside):
             await poison_task
+        with pytest.raises(SetAside):  # nor does it kill again under another name
+            await scene.ask("again")[1]
+        _, other = scene.ask("other", max_tokens=7)
+        await settle()
+        other.cancel()
 
     play(work)
 

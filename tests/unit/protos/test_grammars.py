@@ -83,6 +83,7 @@ def can_match(pattern: str, start: str, depth: int = 4) -> bool:
         (Grammar("choice", '["a", ""]'), "empty"),
         (Grammar("lark", "begin: A"), "start"),
         (Grammar("json_schema", "[" * 20_000), "not JSON"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "no text"),
     ],
 )
 def test_a_refusal_says_why(compiler: GrammarCompiler, grammar: Grammar, word: str) -> None:

@@ -17,6 +17,7 @@ from phalanx.protos.errors import (
     PhalanxError,
     RequestFailed,
     ResourceExhausted,
+    SetAside,
     Unauthenticated,
     Unavailable,
 )
@@ -35,6 +36,7 @@ from phalanx.protos.status import decode, encode
         (RequestFailed("NaN"), RequestFailed),
         (ModelError("no template"), ModelError),
         (ConfigError("no"), ModelError),
+        (SetAside("no"), SetAside),
         (PhalanxError("odd"), RequestFailed),
     ],
 )

@@ -1,0 +1,1 @@
+"""Clusters that are harmed on purpose, what their clients saw, and whether that was right."""

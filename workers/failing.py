@@ -1,0 +1,33 @@
+"""A rank's engine with failpoints in it; `group.py` takes it where tests ask for it."""
+
+from __future__ import annotations
+
+import os
+
+from phalanx.protos.failpoints import Failpoints
+from phalanx.protos.specs import LoadReport
+from phalanx.protos.steps import StepPlan
+
+from .engine import Engine
+from .pending import PendingStep
+
+
+class FailingEngine(Engine):
+    """Fails before a step, and at a token of a new sequence; says which process it is."""
+
+    points: Failpoints
+    name: str
+    """EPOCH-RANK"""
+
+    def load(self, *arguments: object) -> LoadReport:
+        """See `Engine.load`."""
+        self.points.note(f"rank-{self.name}", str(os.getpid()))
+        return super().load(*arguments)  # type: ignore[arg-type]
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """See `Engine.launch`."""
+        self.points.hit("step")
+        poison = self.points.armed("poison")
+        if poison is not None and any(poison.token in new.token_ids for new in plan.new):
+            self.points.hit("poison")
+        return super().launch(plan)
