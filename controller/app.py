@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from phalanx.protos.errors import ConfigError, JournalLost
+from phalanx.protos.errors import ConfigError
 from phalanx.protos.failpoints import Failpoints, failpoints
 
 from .cluster.ray_fleet import Device, RayCluster, RayFleet, ray_fleet, strategy
@@ -33,7 +33,6 @@ from .page.start import start_page
 from .page.state import EngineCluster
 from .ports import check_free
 from .quotas import MeteredEngine
-from .scaling import desired_replicas
 from .server.host import GrpcHost
 from .server.listeners import Listener
 from .server.service import InferenceService
@@ -44,8 +43,8 @@ from .tracing.setup import start_tracing, with_endpoint
 from .tracing.steps import trace_step
 from .units import split_address
 from .vllm.service import load_messages
+from .watching import cancelled, watch
 
-GAUGES_EVERY_S = 1.0
 DRAIN_S = 30.0
 JOURNAL_WAIT_S = 5.0
 """For a controller that is just ending to let go of its journal."""
@@ -138,8 +137,8 @@ async def start_cluster(
             scraped = _serve_metrics(config, service, metrics, stack)
         fronts.set_serving(engine.serving)
         engine.on_serving = fronts.set_serving
-        watching = asyncio.create_task(_watch(supervisor, engine, metrics, journal))
-        stack.push_async_callback(_cancelled, watching)
+        watching = asyncio.create_task(watch(supervisor, engine, metrics, journal))
+        stack.push_async_callback(cancelled, watching)
         address, urls = fronts.grpc.address, (fronts.openai_url, page.url if page else None)
         return RunningCluster(
             stack.pop_all(), watching, service, supervisor, address, scraped, *urls
@@ -364,39 +363,3 @@ def _serve_metrics(
     tls, auth = ("mutual", "certificate") if config.metrics_needs_tls else ("off", "none")
     service.listeners.append(Listener(server.address, "HTTP: Prometheus", tls, auth))
     return server.address
-
-
-async def _watch(
-    supervisor: Supervisor,
-    engine: AsyncEngine,
-    metrics: Metrics,
-    journal: DurableJournal | MemoryJournal,
-) -> None:
-    """Keep replicas there, and the gauges up to date."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(journal.watch())
-            tasks.create_task(supervisor.run())
-            tasks.create_task(_publish(engine, supervisor, metrics))
-    except BaseExceptionGroup as group:
-        for error in group.exceptions:
-            if isinstance(error, JournalLost):
-                raise error from None
-        raise
-
-
-async def _publish(engine: AsyncEngine, supervisor: Supervisor, metrics: Metrics) -> None:
-    while True:
-        metrics.set_ranks(supervisor.ranks_missing, supervisor.spares)
-        loads = []
-        for handle in engine.replicas:
-            stats = handle.replica.stats()
-            metrics.set_replica(handle.replica_id, stats)
-            loads.append((stats, handle.places))
-        metrics.set_desired(desired_replicas(loads, engine.homeless))
-        await asyncio.sleep(GAUGES_EVERY_S)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -378,11 +378,8 @@ class ClusterConfig:
     @property
     def metrics_needs_tls(self) -> bool:
         """Whether the Prometheus page must be served over mutual TLS."""
-        return (
-            self.metrics_port is not None
-            and not is_loopback(self.metrics_host)
-            and not self.insecure
-        )
+        served = self.metrics_port is not None
+        return served and not is_loopback(self.metrics_host) and not self.insecure
 
 
 RULES: dict[str, Rule] = {
