@@ -208,14 +208,20 @@ def test_what_was_on_disk_is_there_again_after_a_restart(
     spec = TierSpec(host_slots=12, disk_slots=400, disk_folder=str(tmp_path / "kv"))
     first = start(spec, tp=2)
     expected = [first.answer(prompt)[0] for prompt in PROMPTS]
-    first.settle(lambda tiers: tiers.disk_used >= 50 and tiers.written == tiers.disk_used)
+    first.settle(lambda tiers: tiers.disk_used >= 50)
     first.stop()
     files = _files(tmp_path / "kv")
-    assert len(files) == 2 * first.tiers.disk_used
+    everywhere = set.intersection(
+        *(
+            {file.name for file in files if file.parent.name == name}
+            for name in ("rank-0", "rank-1")
+        )
+    )
+    assert len(everywhere) >= 50
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert {file.parent.stat().st_mode & 0o777 for file in files} == {0o700}
     second = start(spec, tp=2)
-    second.settle(lambda tiers: tiers.disk_used == first.tiers.disk_used)
+    second.settle(lambda tiers: tiers.disk_used == len(everywhere))
     assert [second.answer(prompt)[0] for prompt in PROMPTS] == expected
     assert second.tiers.loaded_disk >= 30
     assert second.tiers.failed == second.tiers.refused == 0
