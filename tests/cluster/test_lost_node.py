@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import asyncio, os, sys, traceback
 from ray.cluster_utils import Cluster
@@ -81,6 +83,7 @@ except BaseException:  # Ray's own hook would wait for a minute
 """
 
 
+@pytest.mark.slow
 def test_a_group_goes_on_smaller_without_a_node_and_grows_when_it_is_back(
     tiny_llama: Callable[..., Path],
 ) -> None:

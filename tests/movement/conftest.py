@@ -124,9 +124,16 @@ class Scene:
         self.fleets: dict[int, Any] = {}
 
     async def start(
-        self, index: int, tp: int, pp: int = 1, *, processes: bool = False, **changes: Any
+        self,
+        index: int,
+        tp: int,
+        pp: int = 1,
+        *,
+        processes: bool = False,
+        joins: bool = True,
+        **changes: Any,
     ) -> None:
-        """Add a replica."""
+        """Make a replica, and add it unless it `joins` later, by `join`."""
         from phalanx.controller.handle import ReplicaHandle
         from phalanx.controller.kvcache.manager import KVCacheManager
         from phalanx.controller.observing import Silent
@@ -173,7 +180,12 @@ class Scene:
         self.handles[index], self.fleets[index] = handle, fleet
         self._stack.callback(replica.stop)
         replica.start()
-        await self.engine.adopt(handle)
+        if joins:
+            await self.join(index)
+
+    async def join(self, index: int) -> None:
+        """Add a replica that was made."""
+        await self.engine.adopt(self.handles[index])
 
     def ask(self, name: str, prompt: list[int], **params: Any) -> tuple[Read, Any]:
         """A reader, and the task in which it reads."""

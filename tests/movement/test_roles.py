@@ -78,10 +78,11 @@ def test_a_stream_moves_to_where_nobody_waits(
         await scene.start(0, 1, max_running=1)
         calm, task = scene.ask("calm", PROMPT, max_tokens=100)
         await task
+        await scene.start(1, 2, joins=False)
         first, running = scene.ask("first", PROMPT, max_tokens=100)
         waiting = scene.ask("waiting", [5, 4], max_tokens=4)[1]
         await scene.until(lambda: len(first.tokens.get(0, ())) > 4)
-        await scene.start(1, 2)
+        await scene.join(1)
         scene.engine.tick(0.0)
         await waiting
         await running
