@@ -98,7 +98,9 @@ async def run(journal: Journal, streams: int, steps: int, step_s: float) -> list
         with contextlib.ExitStack() as reading:
             for number in range(streams):
                 prompt = list(range(PROMPT_TOKENS))
-                asked = Admitted(f"{step_s}-{number}", prompt, SamplingParams(), fingerprint=b"f" * 32)
+                asked = Admitted(
+                    f"{step_s}-{number}", prompt, SamplingParams(), fingerprint=b"f" * 32
+                )
                 session = sessions.open(asked, "bench", None)
                 tasks.create_task(readers.read(reading.enter_context(sessions.reading(session))))
             await asyncio.sleep(0.1)
