@@ -19,7 +19,7 @@ from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear
 from .backend import CpuBackend
 from .library import MOST_GROUP, TYPES, Attention, load_library
 from .linear import NativeInt8Linear, NativeLinear
-from .panels import as_panels, block_tokens, from_panels, in_panels, pool_type
+from .panels import as_panels, block_tokens, from_panels, in_panels, pool_type, row_width
 from .spans import NativePlan
 from .stack import NativeStack, can_run
 
@@ -179,9 +179,8 @@ class NativeBackend(CpuBackend):
         if not isinstance(plan, NativePlan):
             raise TypeError(f"plan of another backend: {type(plan).__name__}")
         kv_heads, heads = key_pool.shape[0], query.shape[1]
-        known = query.dtype in TYPES and pool_type(key_pool) is not None
-        if in_panels(key_pool) and query.dtype is not torch.bfloat16:
-            known = False
+        fits = query.dtype is torch.bfloat16 or not in_panels(key_pool)
+        known = query.dtype in TYPES and pool_type(key_pool) is not None and fits
         if not known or heads > MOST_GROUP * kv_heads or not _dense(query):
             if in_panels(key_pool):
                 key_pool, value_pool = from_panels(key_pool, value_pool)
@@ -201,7 +200,7 @@ class NativeBackend(CpuBackend):
             values=value_pool.data_ptr(),
             head_stride=key_pool.stride(0),
             block_size=plan.block_size,
-            row=query.shape[2] if in_panels(key_pool) else key_pool.shape[3],
+            row=row_width(key_pool),
             scale=spec.scale,
             softcap=spec.softcap,
             window=spec.window,

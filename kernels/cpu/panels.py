@@ -40,6 +40,11 @@ def block_tokens(pool: Tensor) -> int:
     return pool.shape[3] if in_panels(pool) else pool.shape[2]
 
 
+def row_width(pool: Tensor) -> int:
+    """Elements of a token and head in a pool of keys; with int8, its scale's bytes included."""
+    return pool.shape[2] * pool.shape[4] if in_panels(pool) else pool.shape[3]
+
+
 def from_panels(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Plain copies [K, blocks, block_size, D] of pools in panels."""
     return (

@@ -24,7 +24,7 @@ from .library import (
     Step,
 )
 from .linear import PackedWeight
-from .panels import block_tokens, in_panels, pool_type
+from .panels import block_tokens, pool_type, row_width
 from .spans import NativePlan
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class NativeStack:
             pool_type=pool_type(pool),
             head_stride=pool.stride(0),
             block_size=block_tokens(pool),
-            row=stack.head_dim if in_panels(pool) else pool.shape[3],
+            row=row_width(pool),
             scale=spec.scale,
             softcap=spec.softcap,
             eps=stack.norm_eps,
