@@ -29,9 +29,9 @@ from .routing.placer import Placement, Placer
 from .routing.router import Decision, Request
 from .scheduling.request import FinishReason, TokenEvent
 from .stream import SET_ASIDE_AFTER_LOSSES, Stream
+from .tenants import CANARY_TENANT
 from .tracing.context import TRACE
 
-CANARY_TENANT = "phalanx-canary"
 HELD_RETRY_S = 2.0
 UNREADY_RETRY_S = 5.0
 

@@ -12,6 +12,9 @@ import msgspec
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.limits import PRIORITY_RANGE
 
+CANARY_TENANT = "phalanx-canary"
+"""Whose requests prove that a replica works. They take no share from anybody."""
+
 
 class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One tenant's. None: no bound of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
-from phalanx.controller.tenants import Tenants
+from phalanx.controller.tenants import CANARY_TENANT, Tenants
 
 KEEP_S = 60.0
 """A tenant counts for so long after its last request."""
@@ -36,6 +36,8 @@ class Places:
 
     def saw(self, tenant: str, arrival: float) -> None:
         """A request of the tenant came; seconds of the monotonic clock."""
+        if tenant == CANARY_TENANT:
+            return
         known = self._seen.pop(tenant, None)
         if known is None:
             self._weights += self._tenants.of(tenant).weight

@@ -13,7 +13,7 @@ from phalanx.controller.scheduling.fairness import MAX_IDLE, FairShare
 from phalanx.controller.scheduling.queue import WaitingQueue
 from phalanx.controller.scheduling.request import Request
 from phalanx.controller.scheduling.sample import Sample
-from phalanx.controller.tenants import TenantLimits, Tenants
+from phalanx.controller.tenants import CANARY_TENANT, TenantLimits, Tenants
 from phalanx.protos.sampling import SamplingParams
 
 LoopFactory = Callable[..., Any]
@@ -205,6 +205,17 @@ def test_a_greedy_tenant_does_not_delay_a_modest_one(make_loop: LoopFactory) -> 
     loop.add("modest", [4, 4], max_tokens=4, tenant="modest")
     # one may stand at the head already, one may win the tie
     assert len(admitted(loop, "modest")) - 1 <= 2
+
+
+def test_a_canary_takes_no_place_from_a_lone_tenant(make_loop: LoopFactory) -> None:
+    loop = make_loop(num_blocks=256, max_running=16, max_tokens_per_step=64)
+    loop.add("canary", [1], max_tokens=1, ignore_eos=True, tenant=CANARY_TENANT)
+    while loop.scheduler.has_work:
+        loop.step()
+    for number in range(16):
+        loop.add(f"{number}", [4, number % 5], max_tokens=20, ignore_eos=True, tenant="one")
+    loop.step()
+    assert loop.scheduler.num_running == 16
 
 
 def test_a_modest_tenant_is_not_delayed_again_and_again(make_loop: LoopFactory) -> None:
