@@ -36,7 +36,6 @@ _REASONS = {
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
 }
-ROOM_BYTES = 256 * 1024
 Response = serving_pb2.GenerateResponse | serving_pb2.ChatResponse | serving_pb2.ResumeResponse
 
 
@@ -108,7 +107,6 @@ class Answer:
         self._cached = 0
         self._first = True
         self._news = asyncio.Event()
-        self._room = asyncio.Event()
         self.error: Exception | None = None
         """Why the answer ends without its samples having finished."""
 
@@ -144,11 +142,9 @@ class Answer:
         await self._news.wait()
         self._news.clear()
 
-    async def room(self) -> None:
-        """Return when most of what was folded in has been taken."""
-        while self._unread > ROOM_BYTES:
-            self._room.clear()
-            await self._room.wait()
+    def wake(self) -> None:
+        """There is news of another kind for who waits."""
+        self._news.set()
 
     @property
     def new_tokens(self) -> int:
@@ -298,7 +294,6 @@ class Answer:
             for item in piece.found:
                 texts[piece.sample].append(item.text)
                 self._extend(deltas[piece.sample], item, request_id)
-        self._room.set()
         for index, delta in deltas.items():
             delta.text = "".join(texts[index])
         if self.finished and not self._pieces:

@@ -1,26 +1,25 @@
-"""An answer and the events that it is made of."""
+"""From events to an answer, and from there to the caller."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from phalanx.controller.scheduling.request import TokenEvent
-from phalanx.protos.errors import RequestFailed
+from phalanx.protos.errors import RequestFailed, ResourceExhausted
 
-from .answer import Answer
+from .answer import SLOW_RETRY_S, Answer, Response
+from .books import Call
+from .sessions import Session
+from .stalls import StallWatch
+
+BATCH_EVENTS = 256
+"""Of a log are read at a time."""
 
 
-async def read_events(
-    events: AsyncIterator[list[TokenEvent]], answer: Answer, *, at_ease: bool = False
-) -> None:
-    """Fold in events until the answer is over; then, or when cancelled, close.
-
-    at_ease: events wait where they are for a slow reader; else there is an end to its slowness.
-    """
+async def read_events(events: AsyncIterator[list[TokenEvent]], answer: Answer) -> None:
+    """Fold in events as they come until the answer is over; then, or when cancelled, close."""
     try:
         async for batch in events:
-            if at_ease:
-                await answer.room()
             answer.fold(batch)
             if answer.over:
                 return
@@ -30,3 +29,77 @@ async def read_events(
     finally:
         if close := getattr(events, "aclose", None):
             await close()
+
+
+class LogReader:
+    """Reads a session's log from its beginning."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._at = session, 0
+
+    @property
+    def at_end(self) -> bool:
+        """Whether nothing more has come yet."""
+        return self._at == len(self._session.log)
+
+    def next(self) -> Sequence[TokenEvent]:
+        """What comes next, a bounded number of events; none when nothing is there yet.
+
+        Raises what the session ended of, or `RequestFailed` when the log is complete.
+        """
+        session = self._session
+        batch = session.log[self._at : self._at + BATCH_EVENTS]
+        self._at += len(batch)
+        if not batch:
+            if session.error is not None:
+                raise session.error
+            if session.complete:
+                raise RequestFailed("the engine ended the request early")
+        return batch
+
+
+def read_log(log: LogReader, answer: Answer) -> bool:
+    """Fold in what comes next of a log; whether there may be more at once.
+
+    Events wait in the log for a slow reader, so there is no end to its slowness here.
+    """
+    if answer.over:
+        return False
+    try:
+        answer.fold(log.next())
+    except Exception as error:  # noqa: BLE001  handed to the call, which raises it
+        answer.fail(error)
+    return not log.at_end
+
+
+async def write_answer(
+    answer: Answer,
+    call: Call,
+    kind: type[Response],
+    request_id: str,
+    max_stall_s: float,
+    read: Callable[[], bool] = lambda: False,
+) -> None:
+    """Send what there is until the answer is over. What comes in meanwhile is sent together.
+
+    read: folds more into the answer; whether it is to be called again without a wait. Raises
+    `ResourceExhausted` when a message was not taken for `max_stall_s`.
+    """
+    watch = StallWatch(max_stall_s)
+    try:
+        with watch:
+            while True:
+                more = read()
+                over = answer.over
+                while (message := answer.take(kind, request_id)) is not None:
+                    watch.begin()
+                    await call.reader.write(message)
+                    watch.done()
+                    call.sent(message)
+                if over:
+                    return
+                if not (more or answer.over):
+                    await answer.wait()
+    except TimeoutError:
+        text = f"a message was not read for {max_stall_s:g} s"
+        raise ResourceExhausted(text, SLOW_RETRY_S) from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -17,18 +18,17 @@ from phalanx.protos.errors import (
     InvalidArgument,
     NotFound,
     PhalanxError,
-    ResourceExhausted,
     Unavailable,
 )
 from phalanx.protos.limits import MAX_STALL_S
 from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .admission import Admission, Admitted
-from .answer import SLOW_RETRY_S, Answer, Received, Response
+from .answer import Answer, Received, Response
 from .books import Call, Reader
 from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
-from .following import read_events
+from .following import LogReader, read_events, read_log, write_answer
 from .listeners import Listener
 from .rights import DEFAULT_TENANT
 from .sessions import GRACE_S, Journal, Session, Sessions
@@ -221,7 +221,13 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             priority=admitted.priority,
         )
         # its end frees the request in the engine at once, whatever ended it here
-        await self._send(answer, read_events(events, answer), call, kind, admitted.request_id)
+        with self._open(answer, call):
+            reading = asyncio.create_task(read_events(events, answer))
+            try:
+                await write_answer(answer, call, kind, admitted.request_id, self._max_stall_s)
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
 
     async def _follow(
         self, session: Session, call: Call, kind: type[Response], received: Received
@@ -236,53 +242,25 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             received,
             header.tools,
         )
-        with self._sessions.reading(session) as events:
-            reading = read_events(events, answer, at_ease=True)
-            await self._send(answer, reading, call, kind, header.request_id)
+        more = functools.partial(read_log, LogReader(session), answer)
+        with self._sessions.reading(session, answer.wake), self._open(answer, call):
+            await write_answer(answer, call, kind, header.request_id, self._max_stall_s, more)
 
-    async def _send(
-        self,
-        answer: Answer,
-        work: Coroutine[Any, Any, None],
-        call: Call,
-        kind: type[Response],
-        request_id: str,
-    ) -> None:
-        """Write the answer while `work` folds events into it."""
+    @contextlib.contextmanager
+    def _open(self, answer: Answer, call: Call) -> Iterator[None]:
+        """Around what writes an answer; raises what it ended of."""
         call.answer = answer
         self._answers.add(answer)
         self._idle.clear()
-        reading = asyncio.create_task(work)
         try:
-            await self._write(answer, call, kind, request_id)
+            yield
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
             self._answers.discard(answer)
             if not self._answers:
                 self._idle.set()
         if answer.error is not None:
             raise answer.error
         call.outcome = answer.outcome
-
-    async def _write(
-        self, answer: Answer, call: Call, kind: type[Response], request_id: str
-    ) -> None:
-        """Send what there is until the answer is over. What comes in meanwhile is sent together."""
-        while True:
-            over = answer.over
-            while (message := answer.take(kind, request_id)) is not None:
-                try:
-                    async with asyncio.timeout(self._max_stall_s):
-                        await call.reader.write(message)
-                except TimeoutError:
-                    text = f"a message was not read for {self._max_stall_s:g} s"
-                    raise ResourceExhausted(text, SLOW_RETRY_S) from None
-                call.sent(message)
-            if over:
-                return
-            if not answer.over:
-                await answer.wait()
 
     # --- single answers ---
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from phalanx.controller.journal.records import Header, Kept
@@ -31,7 +31,6 @@ from .interceptors import logged_incident
 from .tokens import SampleText, TokenTexts
 
 GRACE_S = 30.0
-BATCH_EVENTS = 256
 
 Key = tuple[str, str]
 
@@ -81,10 +80,10 @@ class Session:
         """Why its readers get no more; it is no part of the log."""
         self.deadline: float | None = None
         """In seconds of `time.monotonic()`."""
-        self.readers = 0
+        self.readers: list[Callable[[], None]] = []
+        """How each that reads is told of news."""
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
         params = kept.header.params
         self.open: dict[int, list[int]] = {index: [] for index in range(params.n)}
         """Tokens of the samples that have not ended, durable or not yet."""
@@ -172,23 +171,8 @@ class Session:
 
     def tell(self) -> None:
         """Wake all readers."""
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def read(self) -> AsyncIterator[list[TokenEvent]]:
-        """The whole log from its beginning, then what comes, until it is complete."""
-        at = 0
-        while True:
-            if at < len(self.log):
-                batch = self.log[at : at + BATCH_EVENTS]
-                at += len(batch)
-                yield batch
-            elif self.error is not None:
-                raise self.error
-            elif self.complete:
-                return
-            else:
-                await self._news.wait()
+        for wake in self.readers:
+            wake()
 
 
 class Sessions:
@@ -266,15 +250,15 @@ class Sessions:
         return count
 
     @contextlib.contextmanager
-    def reading(self, session: Session) -> Iterator[AsyncIterator[list[TokenEvent]]]:
-        """The session's events, for a reader whose leaving is noticed."""
-        session.readers += 1
+    def reading(self, session: Session, wake: Callable[[], None]) -> Iterator[None]:
+        """While somebody reads the log, whose leaving is noticed; `wake` tells him of news."""
+        session.readers.append(wake)
         if session.timer is not None:
             session.timer.cancel()
         try:
-            yield session.read()
+            yield
         finally:
-            session.readers -= 1
+            session.readers.remove(wake)
             self._await_readers(session)
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -31,7 +30,8 @@ from phalanx.controller.journal.writer import DurableJournal
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
 from phalanx.controller.server.admission import Admitted
 from phalanx.controller.server.engine import Engine
-from phalanx.controller.server.sessions import Journal, Sessions
+from phalanx.controller.server.following import LogReader
+from phalanx.controller.server.sessions import Journal, Session, Sessions
 from phalanx.controller.server.tokens import TokenTexts
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.steps import SampledToken
@@ -73,12 +73,17 @@ class Readers:
         self._streams, self._count = streams, 0
         self._all = asyncio.Event()
 
-    async def read(self, events: AsyncIterator[list[TokenEvent]]) -> None:
+    async def read(self, sessions: Sessions, session: Session) -> None:
         """One reader."""
-        async for batch in events:
-            self._count += len(batch)
-            if self._count >= self._streams:
-                self._all.set()
+        log, news = LogReader(session), asyncio.Event()
+        with sessions.reading(session, news.set):
+            while not session.complete or not log.at_end:
+                self._count += len(log.next())
+                if self._count >= self._streams:
+                    self._all.set()
+                if log.at_end:
+                    await news.wait()
+                    news.clear()
 
     async def step(self) -> None:
         """Return when everybody has got one more token."""
@@ -95,21 +100,18 @@ async def run(journal: Journal, streams: int, steps: int, step_s: float) -> list
     sessions = Sessions(cast("Engine", engine), journal, TokenTexts(tokenizer))
     times: list[float] = []
     async with asyncio.TaskGroup() as tasks:
-        with contextlib.ExitStack() as reading:
-            for number in range(streams):
-                prompt = list(range(PROMPT_TOKENS))
-                asked = Admitted(
-                    f"{step_s}-{number}", prompt, SamplingParams(), fingerprint=b"f" * 32
-                )
-                session = sessions.open(asked, "bench", None)
-                tasks.create_task(readers.read(reading.enter_context(sessions.reading(session))))
-            await asyncio.sleep(0.1)
-            for index in range(steps):
-                began = time.perf_counter()
-                engine.step(index, index == steps - 1)
-                await readers.step()
-                times.append(time.perf_counter() - began)
-                await asyncio.sleep(max(step_s - times[-1], 0.0) if step_s else 0.0)
+        for number in range(streams):
+            prompt = list(range(PROMPT_TOKENS))
+            asked = Admitted(f"{step_s}-{number}", prompt, SamplingParams(), fingerprint=b"f" * 32)
+            session = sessions.open(asked, "bench", None)
+            tasks.create_task(readers.read(sessions, session))
+        await asyncio.sleep(0.1)
+        for index in range(steps):
+            began = time.perf_counter()
+            engine.step(index, index == steps - 1)
+            await readers.step()
+            times.append(time.perf_counter() - began)
+            await asyncio.sleep(max(step_s - times[-1], 0.0) if step_s else 0.0)
     return times[WARM_UP_STEPS:]
 
 
