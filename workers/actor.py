@@ -23,6 +23,7 @@ from .machine import (
     interface_of,
     memory_available,
     read_ahead,
+    settle,
     shared_memory_works,
 )
 
@@ -111,7 +112,9 @@ class RankActor:
         from phalanx.workers.serve import serve_rank
 
         def build(spec: WorkerSpec) -> object:
-            return build_engine(spec, self._rank, rendezvous, self._listener)
+            engine = build_engine(spec, self._rank, rendezvous, self._listener)
+            settle()
+            return engine
 
         try:
             serve_rank(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from pathlib import Path
@@ -85,3 +86,9 @@ def read_ahead(checkpoint: str) -> int:
             while count := stream.readinto(buffer):
                 total += count
     return total
+
+
+def settle() -> None:
+    """What was loaded lives as long as the process: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()

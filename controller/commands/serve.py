@@ -53,6 +53,7 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     from rich.console import Console
 
     from phalanx.controller.app import start_cluster
+    from phalanx.controller.garbage import settle
 
     console = Console(highlight=False)
     if config.insecure:
@@ -72,6 +73,7 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     except asyncio.CancelledError:
         console.print("stopped before it was ready")
         return
+    settle()
     catch_signals()  # again: Ray puts a handler of its own, which prints a stack, before ours
     try:
         console.print(f"[bold green]ready[/] on [bold]{cluster.address}[/]", soft_wrap=True)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
 from phalanx.controller.config import ClusterConfig
+from phalanx.controller.garbage import settle
 from phalanx.controller.handle import ReplicaHandle
 from phalanx.controller.kvcache.changes import PrefixUpdate
 from phalanx.controller.model import resolve_model
@@ -153,6 +154,7 @@ def main() -> None:
     times, sink = Times(), Sink()
     starter = ReplicaStarter(config, served, "cpu", sink, times, None, ray_fleet)
     replica = asyncio.run(starter.start(0, 0)).replica
+    settle()  # as `phalanx serve` does
     rows = []
     for running in options.running:
         for queued in options.queued:
