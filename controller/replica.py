@@ -228,7 +228,11 @@ class Replica:
         step = self._in_flight.popleft()
         # the rank was free from the last result on, or from the sending where that came later
         free = max(self._last_result or 0.0, step.sent)
-        overhead = received - free - result.execute_s
+        overhead = max(received - free - result.execute_s, 0.0)
+        overhead += step.schedule_s if step.sent == free else 0.0
+        if result.idle_s is not None:
+            # when we read a result says little of when the rank went on: neither bound is exceeded
+            overhead = min(overhead, result.idle_s)
         self._last_result = received if self._in_flight or self._scheduler.has_work else None
         if not step.rows:
             return list(events)  # blocks were moved, nothing else
@@ -237,7 +241,7 @@ class Replica:
                 schedule_s=step.schedule_s,
                 execute_s=result.execute_s,
                 update_s=time.perf_counter() - received,
-                overhead_s=max(overhead, 0.0) + (step.schedule_s if step.sent == free else 0.0),
+                overhead_s=overhead,
                 rows=step.rows,
                 tokens=step.tokens,
                 new_tokens=sum(len(event.tokens) for event in events),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .errors import FieldViolation, InvalidArgument, ModelError, RequestFailed
+from .errors import InvalidArgument, ModelError
 from .limits import MAX_CHOICES
 from .sampling import Grammar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
     from llguidance._lib import JsonCompileOptions
 
+FIELD = "params.grammar"
 MAX_ERROR_CHARS = 300
 JSON_DEFAULTS: JsonCompileOptions = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
 """JSON may be indented; with no bound, some models write line ends until their tokens are over."""
@@ -69,16 +70,16 @@ class GrammarState:
         """The tokens that may follow `output`: a bit each, the lowest id in the lowest bit.
 
         output: all tokens of the sample so far, which only grow from call to call. Raises
-        `RequestFailed` where the grammar is too complex there, or excludes what has come.
+        `InvalidArgument` where the grammar is too complex there, or excludes what has come.
         """
         matcher = self._matcher
         fresh = list(output[self._consumed :])
         if fresh and not matcher.consume_tokens(fresh):
-            raise RequestFailed(f"grammar: {_short(matcher.get_error())}")
+            raise InvalidArgument.of(FIELD, _short(matcher.get_error()))
         self._consumed = len(output)
         mask: bytes = matcher.compute_bitmask()
         if matcher.is_error():
-            raise RequestFailed(f"grammar: {_short(matcher.get_error())}")
+            raise InvalidArgument.of(FIELD, _short(matcher.get_error()))
         return mask
 
 
@@ -133,4 +134,4 @@ def _short(text: str) -> str:
 
 
 def _refused(kind: str, why: str) -> InvalidArgument:
-    return InvalidArgument([FieldViolation("params.grammar", f"{kind}: {_short(why)}")])
+    return InvalidArgument.of(FIELD, f"{kind}: {_short(why)}")

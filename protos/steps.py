@@ -131,6 +131,8 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
 
     seq: int
     message: str
+    field: str = ""
+    """The request's field that is to blame; empty: none of them."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
@@ -143,3 +145,5 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
     failures: list[SequenceFailure] = []
     execute_s: float = 0.0
     """Seconds that the rank spent on this step."""
+    idle_s: float | None = None
+    """Seconds since the rank's last step that it spent on none; None before the second one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phalanx.kernels.interface import KernelBackend
-from phalanx.protos.errors import GroupLost, RequestFailed
+from phalanx.protos.errors import GroupLost, InvalidArgument, RequestFailed
 from phalanx.protos.recording import records_steps
 from phalanx.protos.shards import MAX_LOGIT_ROWS, cut_model, cut_stages, state_layers
 from phalanx.protos.specs import LoadReport, WorkerSpec, activation_dtype
@@ -38,7 +38,7 @@ from .pipeline import MOST_UNHEARD, Pipeline, SingleStage, split_rows
 from .sampling.grammars import Grammars
 from .sampling.logits import is_plainly_greedy
 from .sampling.plain import PlainChoice
-from .sampling.sampler import BROKEN, Sampled, Sampler, SampleRow
+from .sampling.sampler import BROKEN, Sampled, Sampler, SampleRow, failed
 from .tiers import RankTiers
 
 MOST_PENDING = 1
@@ -306,16 +306,16 @@ class Engine:
         scores: Sequence[PromptLogprobs] = (),
     ) -> StepResult:
         """The answer to a plan; a step's time does not count while the one before it ran."""
-        now = time.perf_counter()
-        seconds = now - max(started, self._finished_at)
-        self._finished_at = now
+        before, self._finished_at = self._finished_at, time.perf_counter()
+        began = max(started, before)
         return StepResult(
             epoch=plan.epoch,
             step=plan.step,
             sampled=list(sampled),
             prompt_logprobs=list(scores),
             failures=list(failures),
-            execute_s=seconds,
+            execute_s=self._finished_at - began,
+            idle_s=began - before if before else None,
         )
 
     def _sample(
@@ -324,22 +324,22 @@ class Engine:
         tokens: list[SampledToken] = []
         failures: list[SequenceFailure] = []
         choices: list[Sampled] = []
-        rows, lost = [], dict[int, str]()
+        rows, lost = [], dict[int, Sampled]()
         for index, state in enumerate(sampled):
             allowed = None
             try:
                 allowed = self._allowed(state)
-            except RequestFailed as error:  # raised on every rank alike
-                lost[index] = str(error)
+            except (InvalidArgument, RequestFailed) as error:  # raised on every rank alike
+                lost[index] = failed(error)
             rows.append(_sample_row(state)._replace(allowed=allowed))
         for start in range(0, len(rows), MAX_LOGIT_ROWS):
             part = slice(start, start + MAX_LOGIT_ROWS)
             choices += self._choose(hidden[part], rows[part])
-        for index, why in lost.items():
-            choices[index] = Sampled(0, None, [], why)
+        for index, failure in lost.items():
+            choices[index] = failure
         for state, choice in zip(sampled, choices, strict=True):
             if choice.error is not None:
-                failures.append(SequenceFailure(state.seq, choice.error))
+                failures.append(SequenceFailure(state.seq, choice.error, choice.field))
             # a failed sequence gets a token as well: a plan already sent may count on it
             state.token_ids.append(choice.token_id)
             if choice.error is None:
@@ -350,7 +350,7 @@ class Engine:
         return tokens, failures
 
     def _allowed(self, state: SequenceState) -> bytes | None:
-        """What the sequence's grammar allows next. Raises `RequestFailed`."""
+        """What the sequence's grammar allows next. Raises `InvalidArgument`."""
         if state.params.grammar is None:
             return None
         if state.grammar is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phalanx.protos.errors import FieldViolation, InvalidArgument
+from phalanx.protos.errors import FieldViolation, InvalidArgument, PhalanxError, RequestFailed
+from phalanx.protos.steps import SequenceFailure
 
 from .request import Request
 
@@ -60,3 +61,10 @@ def _output_violations(request: Request, context: int) -> list[FieldViolation]:
         text = f"{size} tokens are known already, the sample ends at {allowed}"
         return [FieldViolation("output_token_ids", text)]
     return []
+
+
+def error_of(failure: SequenceFailure) -> PhalanxError:
+    """What the caller is told of a failure on the ranks."""
+    if failure.field:
+        return InvalidArgument.of(failure.field, failure.message)
+    return RequestFailed(failure.message)

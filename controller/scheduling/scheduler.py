@@ -31,14 +31,13 @@ from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.errors import (
     AlreadyExists,
     GroupLost,
-    RequestFailed,
     ResourceExhausted,
 )
 from phalanx.protos.moves import MoveReport
 from phalanx.protos.steps import StepPlan, StepResult
 
 from .arrivals import Arrivals
-from .checks import check_group
+from .checks import check_group, error_of
 from .config import SchedulerConfig
 from .departures import Departures
 from .outline import Standing
@@ -325,8 +324,7 @@ class Scheduler:
             if sample.state is State.ENDED:
                 continue  # its last tokens were counted on in vain
             if seq in failures:
-                error = RequestFailed(failures[seq].message)
-                event = sample.event(finish=FinishReason.ERROR, error=error)
+                event = sample.event(finish=FinishReason.ERROR, error=error_of(failures[seq]))
                 yield self._end(sample, event)
                 self._cache.forget(sample.chain)
                 continue

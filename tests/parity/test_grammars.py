@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from phalanx.controller.scheduling.request import FinishReason
+from phalanx.protos.errors import InvalidArgument
 from phalanx.protos.sampling import Grammar, SamplingParams
 
 SCHEMA = {
@@ -152,4 +153,5 @@ def test_min_tokens_against_a_short_choice_is_an_error_of_its_own(
     prompt = local.model.tokenizer.encode(QUESTION).ids
     asked = msgspec.structs.replace(params("choice", temperature=0.0), min_tokens=50)
     ((sample,),) = local.generate([(prompt, asked)])
-    assert sample[-1].finish is FinishReason.ERROR and "banned" in str(sample[-1].error)
+    assert sample[-1].finish is FinishReason.ERROR
+    assert isinstance(sample[-1].error, InvalidArgument) and "banned" in str(sample[-1].error)

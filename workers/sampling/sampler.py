@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phalanx.protos.errors import RequestFailed
+from phalanx.protos.errors import InvalidArgument, PhalanxError, RequestFailed
 from phalanx.protos.shards import Span
 from phalanx.protos.steps import TokenLogprob
 from phalanx.workers.parallel import TensorParallel
@@ -46,6 +46,16 @@ class Sampled(NamedTuple):
     logprob: TokenLogprob | None
     top: list[TokenLogprob]
     error: str | None = None
+    field: str = ""
+    """The request's field that is to blame for the error; empty: none of them."""
+
+
+def failed(error: PhalanxError) -> Sampled:
+    """The outcome of a row that cannot be sampled."""
+    if isinstance(error, InvalidArgument):
+        first = error.violations[0]
+        return Sampled(0, None, [], first.description, first.field)
+    return Sampled(0, None, [], str(error))
 
 
 class _Groups(NamedTuple):
@@ -241,7 +251,7 @@ def _merge_winners(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _results(
     chosen: Chosen,
-    failed: list[bool],
+    broken: list[bool],
     scored: list[int],
     logprobs: list[tuple[TokenLogprob, list[TokenLogprob]]],
 ) -> list[Sampled]:
@@ -249,8 +259,10 @@ def _results(
     banned = (chosen.values == -math.inf).tolist()
     results = []
     for index, token_id in enumerate(chosen.token_ids.tolist()):
-        if failed[index] or banned[index]:
-            results.append(Sampled(0, None, [], BROKEN if failed[index] else ALL_BANNED))
+        if broken[index]:
+            results.append(Sampled(0, None, [], BROKEN))
+        elif banned[index]:
+            results.append(Sampled(0, None, [], ALL_BANNED, "params"))
         else:
             entry, top = entries.get(index, (None, []))
             results.append(Sampled(token_id, entry, top))
