@@ -106,6 +106,10 @@ class Replica:
         """The scheduler's figures as of the last turn of the loop."""
         return self._stats
 
+    def places_of(self, tenant: str) -> tuple[int, int]:
+        """See `Scheduler.places_of`."""
+        return self._scheduler.places_of(tenant)
+
     def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
         """Queue samples of one request; a refusal comes back as their ERROR events.
 

@@ -51,7 +51,8 @@ class Stream:
         self.accepted_before = known is not None
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
-        self.samples = len(self._outputs)
+        self.samples = self.left_open = len(self._outputs)
+        """How many there are; how many of them the door counts."""
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
         self.handed_over = False

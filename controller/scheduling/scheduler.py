@@ -286,10 +286,18 @@ class Scheduler:
             require(sample.pending == owed, f"{sample.request.key} has {sample.pending} pending")
             require(sample.num_known < sample.limit, f"{sample.request.key} is past its limit")
 
+    def places_of(self, tenant: str) -> tuple[int, int]:
+        """Samples of the tenant that run, and how many may wait. Safe to call from any thread: it
+        may be a step old."""
+        return self._planner.running_of(tenant), self._most_queued(tenant)
+
+    def _most_queued(self, tenant: str) -> int:
+        own = self._config.tenants.of(tenant).max_queued
+        return self._config.max_queued if own is None else min(own, self._config.max_queued)
+
     def _check_queue(self, tenant: str) -> None:
         """Raise `ResourceExhausted` where the tenant has as many samples waiting as it may."""
-        own = self._config.tenants.of(tenant).max_queued
-        most = self._config.max_queued if own is None else min(own, self._config.max_queued)
+        most = self._most_queued(tenant)
         if self._of_tenant.get(tenant, 0) < most:
             return
         waiting = self._of_tenant[tenant] - self._planner.running_of(tenant)
