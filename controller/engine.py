@@ -28,7 +28,7 @@ from .quarantine import Quarantine
 from .residents import Residents
 from .routing.placer import Placement, Placer
 from .scheduling.request import FinishReason, TokenEvent
-from .stream import SET_ASIDE_AFTER_LOSSES, Stream
+from .stream import Stream
 from .tenants import CANARY_TENANT
 from .tracing.context import TRACE
 
@@ -276,33 +276,28 @@ class AsyncEngine:
             stream.trace.homeless()
 
     def _place_homeless(self) -> None:
-        """Find replicas for the streams that have lost theirs, the oldest first.
-
-        Suspects go one at a time: if the ranks die again, it is known who ran each time.
-        """
-        suspect_runs = any(each.is_suspect for each in self._by_name.values())
+        """Find replicas for the streams that have lost theirs, the oldest first."""
         for stream in list(self._homeless):
             if stream.finished:
                 del self._homeless[stream]
-            elif stream.is_suspect and suspect_runs:
-                continue
             elif (handle := self._residents.choose(stream)) is not None:
                 del self._homeless[stream]
-                suspect_runs = suspect_runs or stream.is_suspect
                 self._residents.place(stream, handle)
 
     def _lose(self, handle: ReplicaHandle, error: GroupLost) -> None:
-        if self._slots[handle.index] is not handle:
+        slots = self._slots
+        if handle.index >= len(slots) or slots[handle.index] is not handle:
             return
-        self._slots[handle.index] = None
+        slots[handle.index] = None
         handle.left.set()
         self._placer.index.drop(handle.index)
         self._residents.leave(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
+        loss = handle.replica.computing
         for stream in lost:
             del self._by_name[stream.name]
-            stream.lose(blamed=not handle.leaving)
-            if stream.losses >= SET_ASIDE_AFTER_LOSSES:
+            blamed = not handle.leaving and loss.blames(stream.name)
+            if stream.lose(blamed=blamed, crashed=error.crashed, alone=loss.alone):
                 self._quarantine.convict(stream, time.monotonic())
             else:
                 self._leave_homeless(stream)
@@ -368,7 +363,7 @@ class AsyncEngine:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         stream = Stream(next(self._numbers), [0], params, CANARY_TENANT, time.monotonic(), None)
         # a canary proves this replica: it must not move to another one
-        stream.losses = SET_ASIDE_AFTER_LOSSES
+        stream.stays = True
         self._residents.place(stream, handle)
         tokens = 0
         async for events in self._follow(stream):

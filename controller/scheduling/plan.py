@@ -62,3 +62,5 @@ class InFlight:
     samples: dict[int, Sample]
     sampling: frozenset[int]
     num_tokens: int = 0
+    alone: bool = False
+    """Whether it is of one sample on probation."""

@@ -57,6 +57,8 @@ class StepPlanner:
         self.loading: dict[int, list[Sample]] = {}
         """Who waits for a load, in order."""
         self._next_seq = 0
+        self._crowded = False
+        """Whether there was no room for who is on probation, the last time."""
         self.arrived: set[int] = set()
         """Running attempts that the ranks have not been told of: their blocks came from another
         replica."""
@@ -67,20 +69,20 @@ class StepPlanner:
         self.held: set[int] = set()
         """Tables of transfers to other replicas."""
 
-    def plan(self, now: float) -> PlanDraft:
-        """The work of the next step; its rows are empty when there is none."""
+    def plan(self, now: float, alone: Sample | None = None) -> PlanDraft:
+        """The work of the next step; its rows are empty when there is none. alone: nobody else's;
+        without it, nobody's who is on probation."""
         draft = PlanDraft(self._config.max_tokens_per_step)
         if (loads := self._cache.loads) is not None:
             busy = bool(self.running or self.waiting)
             loads.tiers.begin_plan(loads.rates.stores(busy=busy))
             for load in loads.overdue(now):
                 self.end_load(load)
-        chunks = self._continue_streams(draft)
         self._places.forget(now)
-        if self._places.contended:
-            self._favour(draft, chunks, now)
-        self._continue_chunks(draft, chunks)
-        self._admit(draft, now)
+        if alone is None:
+            self._plan_together(draft, now)
+        else:
+            self._plan_alone(draft, alone, now)
         for sample in draft.samples.values():
             self._cache.commit(sample.seq, sample.num_computed)
             if sample.followers and sample.has_prompt:
@@ -89,6 +91,22 @@ class StepPlanner:
         if loads is not None:
             draft.moves = loads.tiers.take_orders()
         return draft
+
+    def _plan_together(self, draft: PlanDraft, now: float) -> None:
+        chunks = self._continue_streams(draft)
+        if self._places.contended:
+            self._favour(draft, chunks, now)
+        self._continue_chunks(draft, chunks)
+        self._admit(draft, now)
+
+    def _plan_alone(self, draft: PlanDraft, sample: Sample, now: float) -> None:
+        self._crowded = False
+        if sample.state is State.WAITING:
+            self._crowded = not (self.has_places(1) and self._begin(draft, sample, now))
+        elif sample.remaining > 1:
+            self._continue_chunks(draft, [sample])
+        elif not sample.is_complete and (blocks := self._grow(sample)) is not None:
+            self._add(draft, sample, self._introduce(draft, sample) or blocks)
 
     def running_of(self, tenant: str) -> int:
         """Samples of the tenant that hold blocks."""
@@ -158,8 +176,8 @@ class StepPlanner:
         """One token for each that needs one; returns those that need more, oldest first."""
         chunks: list[Sample] = []
         for sample in sorted(self.running.values(), key=_by_arrival):
-            if sample.state is not State.RUNNING or sample.is_complete:
-                continue  # preempted a moment ago, or only its results are missing
+            if sample.state is not State.RUNNING or sample.is_complete or sample.probation:
+                continue  # preempted a moment ago, or only its results are missing, or not now
             if sample.remaining > 1:
                 chunks.append(sample)
             elif (blocks := self._grow(sample)) is not None:
@@ -236,24 +254,33 @@ class StepPlanner:
 
     def _admit(self, draft: PlanDraft, now: float, *, favoured: bool = False) -> None:
         """Begin with those that wait; favoured: with those of tenants below their share only."""
-        while draft.budget and self.waiting and self.has_places(1 + self._num_loading):
+        promised = self._num_loading + self.waiting.num_apart
+        while draft.budget and self.waiting.has_head and self.has_places(1 + promised):
+            if self._crowded and self.waiting.num_apart:
+                return  # who is on probation is to find room
             sample = self._next(favoured=favoured)
             if sample is not None and self._begin_load(sample, now):
                 continue
-            # a preempted sample's last tokens must be here before it can be described in full
-            if sample is None or sample.pending or not self._open_table(sample, draft):
+            if sample is None or not self._begin(draft, sample, now):
                 return
-            self.waiting.remove(sample)
-            sample.state = State.RUNNING
-            self.running[sample.seq] = sample
-            self._places.running[sample.request.tenant] += 1
-            if not sample.was_admitted and sample.fork_of is None:
-                self.last_queue_time = now - sample.request.arrival
-                self.queue_times.append(self.last_queue_time)
-                self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
-            sample.was_admitted, sample.fork_of, sample.load = True, None, None
-            draft.new.append(sample.new_sequence())
-            self._add(draft, sample, list(self._cache.table(sample.seq)))
+
+    def _begin(self, draft: PlanDraft, sample: Sample, now: float) -> bool:
+        """Let a waiting sample run. False: it must wait."""
+        # a preempted sample's last tokens must be here before it can be described in full
+        if sample.pending or not self._open_table(sample, draft):
+            return False
+        self.waiting.remove(sample)
+        sample.state = State.RUNNING
+        self.running[sample.seq] = sample
+        self._places.running[sample.request.tenant] += 1
+        if not sample.was_admitted and sample.fork_of is None:
+            self.last_queue_time = now - sample.request.arrival
+            self.queue_times.append(self.last_queue_time)
+            self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
+        sample.was_admitted, sample.fork_of, sample.load = True, None, None
+        draft.new.append(sample.new_sequence())
+        self._add(draft, sample, list(self._cache.table(sample.seq)))
+        return True
 
     def _next(self, *, favoured: bool) -> Sample | None:
         """Whose turn it is, of those that may take a place."""

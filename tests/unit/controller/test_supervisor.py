@@ -13,6 +13,7 @@ from phalanx.controller.cluster.fleet import RankFacts
 from phalanx.controller.cluster.recovery import CRASH_LOOP, Desired
 from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.handle import ReplicaHandle
+from phalanx.controller.scheduling.probation import Computing
 from phalanx.controller.scheduling.request import FinishReason, Request, TokenEvent
 from phalanx.controller.scheduling.scheduler import SchedulerStats
 from phalanx.controller.supervisor import Supervisor
@@ -66,6 +67,7 @@ class PlayedReplica:
     """Gives a request of one token its token; others wait until it dies or stops."""
 
     transfers = NoTransfers()
+    computing = Computing(frozenset())
 
     def __init__(self, world: World, index: int) -> None:
         self.world, self.index = world, index
