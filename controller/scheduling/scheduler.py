@@ -28,17 +28,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from phalanx.controller.kvcache.blocks import require
 from phalanx.controller.kvcache.changes import PrefixUpdate
 from phalanx.controller.kvcache.manager import KVCacheManager
-from phalanx.protos.errors import (
-    AlreadyExists,
-    GroupLost,
-    RequestFailed,
-    ResourceExhausted,
-)
+from phalanx.protos.errors import AlreadyExists, GroupLost, RequestFailed, ResourceExhausted
 from phalanx.protos.moves import MoveReport
 from phalanx.protos.steps import StepPlan, StepResult
 
 from .arrivals import Arrivals
-from .audit import audit_states
+from .audit import audit_running, audit_states
 from .checks import check_group
 from .config import SchedulerConfig
 from .departures import Departures
@@ -125,9 +120,8 @@ class Scheduler:
         return self._in_flight[-1].samples.values() if self._in_flight else ()
 
     def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
-        """Queue all samples of one request; they may bring output tokens of an earlier life.
-
-        The first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
+        """Queue all samples of one request; they may bring output tokens of an earlier life. The
+        first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
         `AlreadyExists` for an id that lives, `ResourceExhausted` when its tenant's queue is full; what was
         accepted before and is `readmitted` is not subject to that.
         """
@@ -200,8 +194,10 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        if self._in_flight and (self._probation or self._in_flight[-1].alone):
-            return None  # it must be known of which plan ranks die
+        # who comes must not wait for another; it must be known of which one ranks die
+        single = self._planner.places.lopsided or self._probation
+        if self._in_flight and (single or self._in_flight[-1].alone):
+            return None
         alone = self._probation.next()
         draft = self._planner.plan(now, alone)
         if not draft.rows and self._probation:
@@ -284,7 +280,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless all books agree. O(samples + blocks); for tests."""
         self._cache.check_integrity()
-        self._planner.check_integrity()
+        audit_running(self._planner, self._cache)
         samples = [sample for group in self._requests.values() for sample in group.values()]
         require(all(self._requests.values()), "a request without samples is kept")
         require(len(samples) == self._num_samples, "samples are miscounted")
