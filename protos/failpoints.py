@@ -49,7 +49,7 @@ class Armed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     seconds: float = 0.0
     """Of `hold` and `wait`; before the others, time for other threads to go on."""
     token: int | None = None
-    """Of "poison": the token that kills."""
+    """Of "poison": the token that kills where a prompt has it."""
     rank: int | None = None
     """Which rank fails; none: whichever comes first."""
     stays: bool = False
