@@ -7,19 +7,14 @@ written down and counted: a goodput is compared with the peak that the rest of t
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from harness.arrivals import Outcome, Plan
+from harness.arrivals import Outcome, carry_out
 from harness.running import idle, percentile
 from harness.server import Topology
 
@@ -38,20 +33,7 @@ TOGETHER = 24
 CORES = os.cpu_count() or 1
 QUIET = 2.0
 """Load of the machine up to which rates say anything."""
-ARRIVALS = Path(__file__).parent / "harness" / "arrivals.py"
-
-
-def send(address: str, **plan: Any) -> Outcome:
-    """Carry a plan out, by a process of its own."""
-    body = generate_request(PROMPT, "", dict(ASK)).SerializeToString().hex()
-    done = subprocess.run(
-        [sys.executable, "-S", "-P", str(ARRIVALS), address],
-        input=json.dumps(asdict(Plan(body, **plan))),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return Outcome(**json.loads(done.stdout))
+BODY = generate_request(PROMPT, "", dict(ASK)).SerializeToString()
 
 
 def tokens_of(body: str) -> list[int]:
@@ -90,10 +72,14 @@ async def overload(server: Any, held: str, **plan: Any) -> tuple[Outcome, Outcom
     process = psutil.Process(server.pid)
     async with AsyncClient(server.address, timeout=300, reconnect_s=0) as client:
         expected = (await client.complete(PROMPT, request_id=held, **ASK)).token_ids
-        best = await asyncio.to_thread(send, server.address, seconds=PEAK_S, open=TOGETHER)
+        best = await asyncio.to_thread(
+            carry_out, server.address, BODY, seconds=PEAK_S, open=TOGETHER
+        )
         rate, before = plan.pop("times") * best.done / best.done_s, process.memory_info().rss
         used = sum(process.cpu_times()[:2])
-        sending = asyncio.create_task(asyncio.to_thread(send, server.address, rate=rate, **plan))
+        sending = asyncio.create_task(
+            asyncio.to_thread(carry_out, server.address, BODY, rate=rate, **plan)
+        )
         over = asyncio.Event()
         visitor = asyncio.create_task(visit(client, expected, held, over))
         made = await sending

@@ -16,6 +16,7 @@ import random
 import selectors
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections import deque
@@ -49,6 +50,8 @@ class Plan:
     retries: int = 0
     """After a refusal, so many tries more at once."""
     seed: int = 0
+    token: str = ""
+    """Whose requests they are, where the server asks."""
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Outcome:
     """Ended with OK."""
     done_s: float = 0.0
     """From the first call to the last end with OK."""
+    in_time: int = 0
+    """Of those that are done: while calls were being sent."""
     refused_s: list[float] = field(default_factory=list)
     """From each refusal's call to its status."""
     told_ms: list[int] = field(default_factory=list)
@@ -80,7 +85,7 @@ class Outcome:
 class Connection:
     """HTTP/2 as far as it is needed here. Nothing is compressed, so every header is what it says."""
 
-    def __init__(self, address: str, body: bytes) -> None:
+    def __init__(self, address: str, body: bytes, token: str = "") -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -91,6 +96,7 @@ class Connection:
             (b":authority", address.encode()),
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
+            *([(b"authorization", f"Bearer {token}".encode())] if token else []),
         )
         self._block = b"".join(
             bytes((0, len(name))) + name + bytes((len(value),)) + value for name, value in fields
@@ -281,6 +287,7 @@ class Load:
         if status == "0":
             self.outcome.done += 1
             self.outcome.done_s = now - self._began
+            self.outcome.in_time += now < self._began + self._plan.seconds
             name = call.body.hex()
             self.outcome.answers[name] = self.outcome.answers.get(name, 0) + 1
         elif status == EXHAUSTED.decode():
@@ -295,9 +302,21 @@ class Load:
         self.outcome.others[what] = self.outcome.others.get(what, 0) + count
 
 
+def carry_out(address: str, message: bytes, **plan: Any) -> Outcome:
+    """Carry a plan out, by a process of its own; message: a `GenerateRequest` as it is sent."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", __file__, address],
+        input=json.dumps(asdict(Plan(message.hex(), **plan))),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Outcome(**json.loads(done.stdout))
+
+
 def main(arguments: list[str]) -> None:
     plan = Plan(**json.load(sys.stdin))
-    load = Load(plan, Connection(arguments[0], bytes.fromhex(plan.body)))
+    load = Load(plan, Connection(arguments[0], bytes.fromhex(plan.body), plan.token))
     made: dict[str, Any] = asdict(load.run())
     json.dump(made, sys.stdout)
 
