@@ -194,10 +194,10 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        # who comes must not wait for another; it must be known of which one ranks die
-        single = self._planner.places.lopsided or self._probation
-        if self._in_flight and (single or self._in_flight[-1].alone):
-            return None
+        if self._in_flight and (self._probation or self._in_flight[-1].alone):
+            return None  # it must be known of which plan ranks die
+        if len(self._in_flight) >= self._config.num_stages and self._planner.places.lopsided:
+            return None  # whoever comes would have to wait for it
         alone = self._probation.next()
         draft = self._planner.plan(now, alone)
         if not draft.rows and self._probation:
