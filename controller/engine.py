@@ -20,15 +20,15 @@ from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import DecoderSpec
 
 from .cluster.snapshot import ClusterSnapshot, ReplicaSnapshot
+from .door import Door
 from .handle import ReplicaHandle
 from .kvcache.changes import PrefixUpdate
 from .movement.movement import DRAIN_S, DrainReport, KeptMove, Movement
 from .quarantine import Quarantine
 from .residents import Residents
 from .routing.placer import Placement, Placer
-from .routing.router import Decision, Request
 from .scheduling.request import FinishReason, TokenEvent
-from .stream import SET_ASIDE_AFTER_LOSSES, Stream
+from .stream import Stream
 from .tenants import CANARY_TENANT
 from .tracing.context import TRACE
 
@@ -61,8 +61,7 @@ class AsyncEngine:
         self._residents = Residents(self._slots, self._placer, prefill)
         self._by_name = self._residents.by_name
         self._movement = Movement(self._residents, self._relocate, **movement)
-        self._decision: Decision | None = None
-        """The one that was just made, if there was anything to decide."""
+        self._door = Door()
         self.holding = False
         """Whether requests that find no replica wait for one, as it will soon be there."""
         self._quarantine = Quarantine()
@@ -189,14 +188,15 @@ class AsyncEngine:
             priority=priority,
         )
         stream.trace = TRACE.get()
-        handle = self._choose(stream)
+        handle = self._residents.choose(stream)
         if handle is None and not stream.accepted_before:
             self._check_held()
         self._live[tenant, request_id] = stream
+        self._door.enter(tenant, stream.samples)
         try:
-            if handle is not None and self._decision is not None:
-                await self._movement.bring_prefix(stream, self._decision)
-                handle = handle if handle.serving else self._choose(stream)
+            if handle is not None and self._residents.decision is not None:
+                await self._movement.bring_prefix(stream, self._residents.decision)
+                handle = handle if handle.serving else self._residents.choose(stream)
             if handle is None:
                 self._leave_homeless(stream)
             elif not stream.finished:
@@ -206,6 +206,16 @@ class AsyncEngine:
                     yield events
         finally:
             del self._live[tenant, request_id]
+            self._door.leave(tenant, stream.left_open, served=False)
+
+    def check_room(self, tenant: str) -> None:
+        """See `server.engine.Engine.check_room`."""
+        ready = [handle.replica.places_of(tenant) for handle in self._residents.ready]
+        if not ready:
+            self._check_held()
+        else:
+            running, most = map(sum, zip(*ready, strict=True))
+            self._door.check(tenant, running, most)
 
     def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
         """See `server.engine.Engine.stop_sample`."""
@@ -260,70 +270,34 @@ class AsyncEngine:
             text = f"{len(self._homeless)} requests wait for a replica already"
             raise ResourceExhausted(text, HELD_RETRY_S)
 
-    def _choose(self, stream: Stream) -> ReplicaHandle | None:
-        """The live replica that is predicted to give the stream its next token soonest."""
-        loads = self._placer.loads
-        while len(loads):
-            index = self._pick(stream)
-            handle = self._slots[index]
-            if handle is not None and handle.serving:
-                return handle
-            loads.leave(index)  # its loop has ended; the news of that is on the way
-        return None
-
-    def _pick(self, stream: Stream) -> int:
-        """The replica for a stream by what is known on this thread."""
-        loads, self._decision = self._placer.loads, None
-        if len(loads) == 1:
-            stream.uncached_tokens = stream.known_tokens
-            return loads.only
-        usual = self._placer.lengths.usual(stream.tenant)
-        output = stream.expected_output(usual)
-        decision = self._placer.choose(
-            stream.tenant,
-            stream.request_id,
-            stream.prompt_token_ids,
-            Request(stream.known_tokens, stream.open_samples, output),
-            self.replicas[0].naming,
-            reads_cache=stream.reads_cache,
-        )
-        stream.uncached_tokens = decision.uncached_tokens
-        self._decision = decision
-        return decision.replica
-
     def _leave_homeless(self, stream: Stream) -> None:
         self._homeless[stream] = None
         if stream.trace is not None:
             stream.trace.homeless()
 
     def _place_homeless(self) -> None:
-        """Find replicas for the streams that have lost theirs, the oldest first.
-
-        Suspects go one at a time: if the ranks die again, it is known who ran each time.
-        """
-        suspect_runs = any(each.is_suspect for each in self._by_name.values())
+        """Find replicas for the streams that have lost theirs, the oldest first."""
         for stream in list(self._homeless):
             if stream.finished:
                 del self._homeless[stream]
-            elif stream.is_suspect and suspect_runs:
-                continue
-            elif (handle := self._choose(stream)) is not None:
+            elif (handle := self._residents.choose(stream)) is not None:
                 del self._homeless[stream]
-                suspect_runs = suspect_runs or stream.is_suspect
                 self._residents.place(stream, handle)
 
     def _lose(self, handle: ReplicaHandle, error: GroupLost) -> None:
-        if self._slots[handle.index] is not handle:
+        slots = self._slots
+        if handle.index >= len(slots) or slots[handle.index] is not handle:
             return
-        self._slots[handle.index] = None
+        slots[handle.index] = None
         handle.left.set()
         self._placer.index.drop(handle.index)
         self._residents.leave(handle.index)
         lost = [stream for stream in self._by_name.values() if stream.replica == handle.index]
+        loss = handle.replica.computing
         for stream in lost:
             del self._by_name[stream.name]
-            stream.lose(blamed=not handle.leaving)
-            if stream.losses >= SET_ASIDE_AFTER_LOSSES:
+            blamed = not handle.leaving and loss.blames(stream.name)
+            if stream.lose(blamed=blamed, crashed=error.crashed, alone=loss.alone):
                 self._quarantine.convict(stream, time.monotonic())
             else:
                 self._leave_homeless(stream)
@@ -372,6 +346,9 @@ class AsyncEngine:
         """Learn from an event what the next decisions need."""
         if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._placer.lengths.saw(stream.tenant, event.first_index + len(event.tokens))
+        if event.finish is not None and event.error is None and stream.request_id:
+            stream.left_open -= 1
+            self._door.leave(stream.tenant, 1)
         self._residents.charge(stream)
         self._movement.saw_token(stream)
 
@@ -386,7 +363,7 @@ class AsyncEngine:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         stream = Stream(next(self._numbers), [0], params, CANARY_TENANT, time.monotonic(), None)
         # a canary proves this replica: it must not move to another one
-        stream.losses = SET_ASIDE_AFTER_LOSSES
+        stream.stays = True
         self._residents.place(stream, handle)
         tokens = 0
         async for events in self._follow(stream):

@@ -155,8 +155,7 @@ class Metrics:
         everything = self._all
         self._started = {name: everything["requests_started"].labels(name) for name in METHODS}
         self._ended = {name: everything["requests"].labels(name) for name in OUTCOMES}
-        for name in QUOTAS:
-            everything["quota_refusals"].labels(name)
+        self._quotas = {name: everything["quota_refusals"].labels(name) for name in QUOTAS}
         self._moves = {name: everything["moves"].labels(name) for name in MOVE_OUTCOMES}
         self._open = everything["requests_open"]
         self._prompt_tokens = everything["prompt_tokens"]
@@ -180,7 +179,7 @@ class Metrics:
 
     def on_quota(self, quota: str) -> None:
         """A tenant's quota has refused a request; one of `QUOTAS`."""
-        self._all["quota_refusals"].labels(quota).inc()
+        self._quotas[quota].inc()
 
     def on_recovered(self, count: int) -> None:
         """So many requests were taken up from the journal."""

@@ -29,7 +29,8 @@ class Quarantine:
     def convict(self, stream: Stream, now: float) -> None:
         """End a request that groups died of, and refuse such ones from now on. A request without a
         name is a canary: its group died, not of it."""
-        text = f"the ranks died {stream.losses} times while they computed this request"
+        times = "once" if stream.losses == 1 else f"{stream.losses} times"
+        text = f"the ranks died {times} while they computed this request, the last time alone"
         if stream.request_id:
             self.set_aside(*stream.asked, now)
         stream.end(FinishReason.ERROR, error=SetAside(text))

@@ -104,6 +104,15 @@ class MeteredEngine:
             if not begun:
                 account.tokens += len(prompt_token_ids)  # it was refused, or left at once
 
+    def check_room(self, tenant: str) -> None:
+        """See `Engine.check_room`; raises `ResourceExhausted` naming the quota."""
+        self._check_room(tenant, self._account(tenant), self._tenants.of(tenant))
+        try:
+            self._inner.check_room(tenant)
+        except ResourceExhausted:
+            self._refusals.on_quota("max_queued")
+            raise
+
     def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
         """See `Engine.stop_sample`."""
         self._inner.stop_sample(request_id, sample_index, tenant)

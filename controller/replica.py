@@ -22,6 +22,7 @@ from .cluster.fleet import Fleet
 from .kvcache.changes import PrefixUpdate
 from .movement.transfers import Transfers
 from .observing import Observer, Silent, StepTimes
+from .scheduling.probation import Computing
 from .scheduling.request import FinishReason, Request, TokenEvent
 from .scheduling.sample import Sample
 from .scheduling.scheduler import Scheduler, SchedulerStats
@@ -83,6 +84,8 @@ class Replica:
         self._last_result: float | None = None
         self._stopping = threading.Event()
         self._lost: GroupLost | None = None
+        self.computing = Computing()
+        """Of what the ranks may have died, once they are lost."""
         self._stats = scheduler.stats()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
 
@@ -105,6 +108,10 @@ class Replica:
     def stats(self) -> SchedulerStats:
         """The scheduler's figures as of the last turn of the loop."""
         return self._stats
+
+    def places_of(self, tenant: str) -> tuple[int, int]:
+        """See `Scheduler.places_of`."""
+        return self._scheduler.places_of(tenant)
 
     def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
         """Queue samples of one request; a refusal comes back as their ERROR events.
@@ -158,10 +165,11 @@ class Replica:
             while not self._stopping.is_set():
                 self._turn()
         except GroupLost as error:
+            self.computing = self._scheduler.computing
             self._end(error)
         except Exception as error:  # noqa: BLE001  a defect of ours: the streams must still end
             _log.exception("the step loop failed")
-            self._end(GroupLost(f"the step loop failed: {type(error).__name__}"))
+            self._end(GroupLost(f"the step loop failed: {type(error).__name__}", crashed=True))
         else:
             self._end(GroupLost("the replica was stopped"))
 

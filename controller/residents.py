@@ -10,7 +10,7 @@ from phalanx.protos.errors import PhalanxError
 from .handle import ReplicaHandle
 from .routing.loads import Loads
 from .routing.placer import Placer
-from .routing.router import Work
+from .routing.router import Decision, Request, Work
 from .scheduling.outline import Standing
 from .scheduling.request import FinishReason
 from .stream import Stream
@@ -31,6 +31,8 @@ class Residents:
         self._entry, self._decode = placer.loads, Loads()
         self.by_name: dict[str, Stream] = {}
         """By the name of the current attempt."""
+        self.decision: Decision | None = None
+        """The one that was made last, if there was anything to decide."""
 
     @property
     def ready(self) -> list[ReplicaHandle]:
@@ -88,6 +90,38 @@ class Residents:
             loads.charge(handle.index, Work(), stream.charged)
 
     # --- streams ---
+
+    def choose(self, stream: Stream) -> ReplicaHandle | None:
+        """The live replica that is predicted to give the stream its next token soonest."""
+        loads = self._placer.loads
+        while len(loads):
+            index = self._pick(stream)
+            handle = self._slots[index]
+            if handle is not None and handle.serving:
+                return handle
+            loads.leave(index)  # its loop has ended; the news of that is on the way
+        return None
+
+    def _pick(self, stream: Stream) -> int:
+        """The replica for a stream by what is known on this thread."""
+        loads, self.decision = self._placer.loads, None
+        if len(loads) == 1:
+            stream.uncached_tokens = stream.known_tokens
+            return loads.only
+        usual = self._placer.lengths.usual(stream.tenant)
+        output = stream.expected_output(usual)
+        naming = next(handle for handle in self._slots if handle is not None).naming
+        decision = self._placer.choose(
+            stream.tenant,
+            stream.request_id,
+            stream.prompt_token_ids,
+            Request(stream.known_tokens, stream.open_samples, output),
+            naming,
+            reads_cache=stream.reads_cache,
+        )
+        stream.uncached_tokens = decision.uncached_tokens
+        self.decision = decision
+        return decision.replica
 
     def place(self, stream: Stream, handle: ReplicaHandle) -> None:
         """Hand the stream's open samples to a replica, from where they stand."""

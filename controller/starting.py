@@ -197,6 +197,7 @@ class ReplicaStarter:
             max_context=served.max_context,
             eos_token_ids=served.eos_token_ids,
             max_in_flight=config.plans_in_flight,
+            num_stages=config.pp,
             prefix_caching=config.prefix_caching,
             max_bypass=config.max_bypass,
             aging_s=config.aging_s,

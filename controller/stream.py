@@ -15,8 +15,10 @@ from .tracing.context import RequestTrace
 
 CLEARED_AFTER_TOKENS = 8
 SUSPECT_AFTER_LOSSES = 2
-"""From then on a request runs only while no other suspect does."""
+"""Of groups that were killed or cut off; of those that crashed, one is enough."""
 SET_ASIDE_AFTER_LOSSES = 3
+"""The last of them alone. Where the group crashed, it need not have been lost so often."""
+PROBATION_TOKENS = 2
 
 
 class Stream:
@@ -51,13 +53,17 @@ class Stream:
         self.accepted_before = known is not None
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
-        self.samples = len(self._outputs)
+        self.samples = self.left_open = len(self._outputs)
+        """How many there are; how many of them the door counts."""
         self.replica: int | None = None
         """Where it runs; None while it has no replica."""
         self.handed_over = False
         """Whether a hand-over to a decode replica was begun."""
-        self.losses = 0
-        """Groups of ranks that died while they computed it, since it was last seen to be harmless."""
+        self.losses = self.crashes = 0
+        """Groups of ranks that died while they computed it, since it was last seen to be harmless;
+        those that were neither killed nor cut off."""
+        self.stays = False
+        """Whether it ends with its replica."""
         self._since_placed = 0
         self.uncached_tokens = 0
         """Tokens that the replica has to compute before the next one comes, as far as is known; to
@@ -67,9 +73,12 @@ class Stream:
         self.trace: RequestTrace | None = None
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether it may be what its replicas died of: it runs alone until it is cleared."""
-        return SUSPECT_AFTER_LOSSES <= self.losses < SET_ASIDE_AFTER_LOSSES
+    def probation(self) -> int:
+        """Tokens that it must give alone, as it may be what its replicas died of; more of them each
+        time, for those who die later."""
+        if not self.crashes and self.losses < SUSPECT_AFTER_LOSSES:
+            return 0
+        return min(PROBATION_TOKENS << (self.losses - 1), CLEARED_AFTER_TOKENS)
 
     @property
     def name(self) -> str:
@@ -146,6 +155,7 @@ class Stream:
                 deadline=self.deadline,
                 priority=self._priority,
                 output_token_ids=list(tokens),
+                probation=self.probation,
                 trace=self.trace,
             )
             for index, tokens in self._outputs.items()
@@ -163,18 +173,22 @@ class Stream:
         if event.tokens:
             self.uncached_tokens = 0
         if self._since_placed >= CLEARED_AFTER_TOKENS:
-            self.losses = 0
+            self.losses = self.crashes = 0
         if event.finish is not None:
             del self._outputs[event.sample_index]
         self._events.append(event)
         self._news.set()
 
-    def lose(self, *, blamed: bool) -> None:
-        """Its replica is gone; blamed: perhaps because of it."""
+    def lose(self, *, blamed: bool, crashed: bool = False, alone: bool = False) -> bool:
+        """Its replica is gone; blamed: while it computed this; crashed: by itself; alone: while it
+        computed nothing else. Returns whether it was this that the ranks died of."""
         self.replica, self.charged = None, Work()
         self.losses += blamed
+        self.crashes += blamed and crashed
         if self.trace is not None:
             self.trace.lost()
+        often = self.losses >= SET_ASIDE_AFTER_LOSSES
+        return self.stays or (blamed and alone and (crashed or often))
 
     def end(
         self,

@@ -242,7 +242,9 @@ class Supervisor:
 
     async def _take_in(self, handle: ReplicaHandle) -> None:
         index, generation = handle.index, self._desired.generation
-        self._slots[index] = self._slots[index].started(handle.tp, handle.rank_places, generation)
+        self._slots[index] = self._slots[index].started(
+            handle.tp, handle.rank_places, generation, time.monotonic()
+        )
         try:
             await self._engine.adopt(handle)
         except PhalanxError:

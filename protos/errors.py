@@ -141,7 +141,15 @@ class TransferFailed(PhalanxError):
 
 
 class GroupLost(PhalanxError):
-    """A rank of the group died, hung or disagreed: the whole group is gone."""
+    """A rank of the group died, hung or disagreed: the whole group is gone.
+
+    crashed: it failed by itself, perhaps over what it computed, as far as is known: by an error, a
+    fatal signal of its own, or without an answer in time. Not so where it was killed or cut off.
+    """
 
     status = "UNAVAILABLE"
     recoverable = False
+
+    def __init__(self, message: str, *, crashed: bool = False) -> None:
+        super().__init__(message)
+        self.crashed = crashed

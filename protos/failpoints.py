@@ -42,14 +42,14 @@ has started and has proven nothing; before a rank executes a plan; when a rank g
 class Armed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a point does, the time that it counts."""
 
-    action: Literal["kill", "raise", "hold", "wait"]
-    """SIGKILL; a RuntimeError; keep the interpreter's lock; only wait."""
+    action: Literal["kill", "abort", "raise", "hold", "wait"]
+    """SIGKILL; SIGABRT; a RuntimeError; keep the interpreter's lock; only wait."""
     after: int = 1
     """It fires the so-manieth time that a process comes by."""
     seconds: float = 0.0
-    """Of `hold` and `wait`; before `kill`, time for other threads to go on."""
+    """Of `hold` and `wait`; before the others, time for other threads to go on."""
     token: int | None = None
-    """Of "poison": the token that kills."""
+    """Of "poison": the token that kills where a prompt has it."""
     rank: int | None = None
     """Which rank fails; none: whichever comes first."""
     stays: bool = False
@@ -90,6 +90,8 @@ class Failpoints:
             time.sleep(armed.seconds)
         if armed.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if armed.action == "abort":
+            os.abort()
         if armed.action == "raise":
             raise RuntimeError(f"failpoint {name}")
 

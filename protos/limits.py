@@ -8,8 +8,8 @@ from __future__ import annotations
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # one gRPC message, either way
 MAX_METADATA_BYTES = 16 * 1024  # request headers
-MAX_CONCURRENT_STREAMS = 1024  # per connection
-MAX_CONCURRENT_CALLS = 8192  # over all connections
+MAX_CONCURRENT_STREAMS = 1024  # of one connection that carries streams of requests
+MAX_CONCURRENT_CALLS = 8192  # over all connections, of one front
 MAX_UNREAD_BYTES = 4 * 1024 * 1024  # of one answer, waiting for a slow reader
 MAX_STALL_S = 60.0  # a message may wait for its reader
 

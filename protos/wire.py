@@ -18,6 +18,9 @@ from .transfers import Offer, Take, Taken, Withdraw
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 BEAT_S = 0.5
+LAST_WORDS = b"Fatal Python error: "
+"""What `faulthandler` writes in place of a frame when its process dies of a signal of its own."""
+MAX_LAST_WORDS = 64
 _LENGTH = struct.Struct("<I")
 
 
@@ -81,9 +84,24 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(parts)
 
 
+def _last_words(connection: socket.socket) -> str:
+    """What a process has died of, as far as it came to say it."""
+    words, ends = b"", LAST_WORDS[_LENGTH.size :]
+    while len(words) < MAX_LAST_WORDS and b"\n" not in words:
+        part = connection.recv(MAX_LAST_WORDS)
+        if not part:
+            break
+        words += part
+    cause = words.removeprefix(ends).partition(b"\n")[0].decode("ascii", "replace")
+    return f"died: {cause.strip() or 'a fatal signal'}"
+
+
 def _read(connection: socket.socket, limit: int) -> bytes:
     try:
-        (size,) = _LENGTH.unpack(_read_exactly(connection, _LENGTH.size))
+        head = _read_exactly(connection, _LENGTH.size)
+        if LAST_WORDS.startswith(head):
+            raise GroupLost(_last_words(connection), crashed=True)
+        (size,) = _LENGTH.unpack(head)
         if size > limit:
             raise GroupLost(f"a frame of {size} bytes came, at most {limit} are allowed")
         return _read_exactly(connection, size)
@@ -96,7 +114,7 @@ def read_from_rank(connection: socket.socket, limit: int = MAX_FRAME_BYTES) -> F
     try:
         return _from_rank.decode(_read(connection, limit))
     except msgspec.MsgspecError as error:
-        raise GroupLost(f"not a rank's message: {error}") from error
+        raise GroupLost(f"not a rank's message: {error}", crashed=True) from error
 
 
 def read_to_rank(connection: socket.socket, limit: int = MAX_FRAME_BYTES) -> ToRank:

@@ -123,6 +123,7 @@ class RankActor:
                 build,  # type: ignore[arg-type]
                 _end,
                 rendezvous.exchange_host,
+                own_process=True,
             )
         finally:
             # nothing more will be asked of this process; usually Ray has ended it by then

@@ -13,7 +13,7 @@ from .pending import PendingStep
 
 
 class FailingEngine(Engine):
-    """Fails before a step, and at a token of a new sequence; says which process it is."""
+    """Fails before a step, and at a token of a new sequence's prompt; says which process it is."""
 
     points: Failpoints
     name: str
@@ -28,6 +28,7 @@ class FailingEngine(Engine):
         """See `Engine.launch`."""
         self.points.hit("step")
         poison = self.points.armed("poison")
-        if poison is not None and any(poison.token in new.token_ids for new in plan.new):
+        prompts = (new.token_ids[: new.num_prompt] for new in plan.new)
+        if poison is not None and any(poison.token in prompt for prompt in prompts):
             self.points.hit("poison")
         return super().launch(plan)

@@ -57,7 +57,13 @@ def _serve(invitation: Invitation, listener: socket.socket) -> None:
 
     hello = Hello(invitation.rank, invitation.epoch, invitation.secret)
     host = invitation.exchange_host
-    serve_rank(invitation.step_loop, hello, build, exchange_host=host)  # type: ignore[arg-type]
+    serve_rank(
+        invitation.step_loop,
+        hello,
+        build,  # type: ignore[arg-type]
+        exchange_host=host,
+        own_process=True,
+    )
 
 
 if __name__ == "__main__":

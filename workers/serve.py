@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import select
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -83,14 +84,21 @@ def serve_rank(
     build: Callable[[WorkerSpec], Engine],
     on_orphaned: Callable[[], None] = lambda: None,
     exchange_host: str | None = None,
+    *,
+    own_process: bool = False,
 ) -> None:
     """Connect to the step loop at `address` and serve it until it says `Stop`.
 
     `build` makes the engine from its spec (group, threads and kernels are its business). An
     error is told to the step loop before it is raised here. on_orphaned: see `Voice`.
     exchange_host: address at which ranks of other replicas get KV blocks; None: they do not.
+    own_process: this process serves nothing else, so that it may tell the step loop of which
+    fatal signal it dies.
     """
-    with socket.create_connection(address) as connection:
+    with (
+        socket.create_connection(address) as connection,
+        _last_words(connection) if own_process else contextlib.nullcontext(),
+    ):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         voice = Voice(connection, on_orphaned)
         try:
@@ -104,6 +112,18 @@ def serve_rank(
             raise
         finally:
             voice.hush()
+
+
+@contextlib.contextmanager
+def _last_words(connection: socket.socket) -> Iterator[None]:
+    """Fatal signals of this process are told on the connection, see `wire.LAST_WORDS`, and then
+    handled as ever."""
+    faulthandler.disable()  # anew: whoever has taken signals since it was enabled comes after us
+    faulthandler.enable(connection.fileno(), all_threads=False)
+    try:
+        yield
+    finally:
+        faulthandler.disable()
 
 
 def _tell(voice: Voice, kind: str, message: str) -> None:

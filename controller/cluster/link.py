@@ -33,6 +33,8 @@ from phalanx.protos.wire import (
 HELLO_BYTES = 1024
 HELLO_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 3.0
+PEER_S = 0.2
+"""For the death of a rank to be heard, whose peers complain of it."""
 LISTEN_S = 0.25  # between two looks at who has been silent
 _KNOWN_ERRORS: dict[str, type[PhalanxError]] = {
     "ModelError": ModelError,
@@ -188,7 +190,7 @@ class RankLinks:
             try:
                 connection.sendall(frame)
             except OSError as error:
-                raise GroupLost(f"rank {rank}: connection lost") from error
+                raise self._ended(rank, connection) from error
 
     def _next(self, timeout_s: float) -> tuple[int, _Message]:
         """The next message of any rank but beats and reports of moves; trouble of any rank ends the
@@ -205,7 +207,8 @@ class RankLinks:
             # only now: what has been said waits to be read even if we were the ones who slept
             self._check_silence()
             if left <= 0:
-                raise GroupLost(f"no rank answered within {timeout_s:.1f} s")
+                text = f"no rank answered within {timeout_s:.1f} s"
+                raise GroupLost(text, crashed=self._loaded)
 
     def _read(self, ready: list[tuple[selectors.SelectorKey, int]]) -> tuple[int, _Message | None]:
         """One message of one of the sockets that can be read; None for one that is kept here."""
@@ -217,16 +220,45 @@ class RankLinks:
         try:
             message = read_from_rank(connection)
         except GroupLost as error:
-            raise GroupLost(f"rank {rank}: {error}") from error
+            raise GroupLost(f"rank {rank}: {error}", crashed=error.crashed) from error
         if isinstance(message, Failed):
-            kind = _KNOWN_ERRORS.get(message.kind, GroupLost)
-            raise kind(f"rank {rank}: {message.message}")
+            raise self._complaint(rank, message)
         self._heard[rank] = time.monotonic()
         if isinstance(message, MoveReport):
             self._moves.append((rank, message))
         elif isinstance(message, Taken):
             self._taken.append((rank, message))
         return rank, None if isinstance(message, MoveReport | Taken | Beat) else message
+
+    def _complaint(self, rank: int, message: Failed) -> PhalanxError:
+        """A rank's error; or a peer's death, which is heard here at about the same time as its
+        peers complain of it."""
+        kind = _KNOWN_ERRORS.get(message.kind, GroupLost)
+        if kind is not GroupLost:
+            return kind(f"rank {rank}: {message.message}")
+        heard, deadline = {rank}, time.monotonic() + PEER_S
+        while len(heard) < self._size and (left := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                other, connection = int(key.data), key.fileobj
+                if other in heard or not isinstance(connection, socket.socket):
+                    self._selector.unregister(key.fileobj)
+                    continue
+                try:
+                    if isinstance(read_from_rank(connection), Failed):
+                        heard.add(other)
+                except GroupLost as error:
+                    return GroupLost(f"rank {other}: {error}", crashed=error.crashed)
+        return GroupLost(f"rank {rank}: {message.message}", crashed=True)
+
+    def _ended(self, rank: int, connection: socket.socket) -> PhalanxError:
+        """Why a rank takes no more plans, by the last that it has said."""
+        connection.settimeout(PEER_S)
+        try:
+            while not isinstance(message := read_from_rank(connection), Failed):
+                continue
+        except GroupLost as error:
+            return GroupLost(f"rank {rank}: {error}", crashed=error.crashed)
+        return self._complaint(rank, message)
 
     def _check_silence(self) -> None:
         """A process that is stopped, or cut off, closes no socket; it only falls silent."""

@@ -336,7 +336,8 @@ class RayFleet(ExchangingFleet):
         words = " ".join(str(end[1]).split())
         hungry = starved(words) or oom_kills() > self._oom_kills
         cause = f"; rank {end[0]} was killed for want of memory" if hungry else ""
-        return GroupLost(f"{error}{cause}{REASON}rank {end[0]}: {words[:REASON_CHARS]}")
+        text = f"{error}{cause}{REASON}rank {end[0]}: {words[:REASON_CHARS]}"
+        return GroupLost(text, crashed=error.crashed or hungry)
 
     def _check_alive(self) -> None:
         end = self._first_end(0)

@@ -13,6 +13,8 @@ MEMORY_S = 300.0
 """Failures longer ago than this are forgiven."""
 CRASH_LOOP = 5
 """So many failures within `MEMORY_S` make a replica degraded; it is still tried, seldom."""
+LIVED_S = 30.0
+"""A group that was lost after so long had come up well: the failures before it are forgiven."""
 DEGRADED_BACKOFF_S = 60.0
 LOOK_AGAIN_S = 0.1
 """Between two looks at the places that are free, where some are missing."""
@@ -48,9 +50,11 @@ class Slot:
 
     running: bool = False
     failures: tuple[float, ...] = ()
-    """When its group was lost or did not start, in order."""
+    """When its group was lost or did not start, in order; since one has lived for `LIVED_S`."""
     cause: str = ""
     """Of the last failure."""
+    begun: float | None = None
+    """When the running group was taken in."""
     tp: int = 0
     """Of the running group."""
     places: tuple[str, ...] = ()
@@ -64,19 +68,27 @@ class Slot:
 
     def failed(self, now: float, cause: str) -> Slot:
         """The slot after its group was lost, or did not start."""
-        recent = tuple(time for time in self.failures if time > now - MEMORY_S)
+        lived = self.begun is not None and now - self.begun >= LIVED_S
+        recent = () if lived else tuple(time for time in self.failures if time > now - MEMORY_S)
         failures = (*recent, now)
         return replace(self.stopped(), failures=failures, cause=cause)
 
     def stopped(self) -> Slot:
         """The slot after its group was ended on purpose."""
-        return replace(self, running=False, tp=0, places=(), since=None)
+        return replace(self, running=False, begun=None, tp=0, places=(), since=None)
 
-    def started(self, tp: int = 1, places: Sequence[str] = (), generation: int = 0) -> Slot:
-        """The slot with a group that has proven itself."""
+    def started(
+        self,
+        tp: int = 1,
+        places: Sequence[str] = (),
+        generation: int = 0,
+        now: float | None = None,
+    ) -> Slot:
+        """The slot with a group that is taken in."""
         return replace(
             self,
             running=True,
+            begun=now,
             tp=tp,
             places=tuple(places),
             generation=generation,
@@ -86,7 +98,7 @@ class Slot:
 
     def stumbled(self, now: float, cause: str) -> Slot:
         """The slot whose group runs on, as the one that was to replace it did not start."""
-        stopped = self.failed(now, cause)
+        stopped = replace(self, begun=None).failed(now, cause)
         return replace(self, failures=stopped.failures, cause=cause, since=None)
 
     def too_small(self, tp: int, cause: str) -> Slot:

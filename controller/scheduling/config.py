@@ -24,6 +24,8 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
     max_in_flight: int = 2
     """Plans sent and not yet answered."""
+    num_stages: int = 1
+    """Of the ranks: so many plans are worked on at a time."""
     prefix_caching: bool = True
     max_preemptions: int = 3
     """How often one sample may lose its blocks to older ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.protos.moves import Move
 from phalanx.protos.steps import BlockCopy, NewSequence, Row, StateUse, StepPlan
 
@@ -41,6 +42,28 @@ class PlanDraft:
             sample.pending += 1
             self.sampling.add(sample.seq)
 
+    def fork(
+        self,
+        cache: KVCacheManager,
+        seq: int,
+        leader: Sample,
+        sample: Sample,
+        room: int,
+        reserve: int,
+    ) -> bool:
+        """Share the leader's prompt but for its last token, whose computation gives logits."""
+        shared = sample.num_prompt - 1
+        fork = cache.fork(
+            leader.seq, seq, sample.chain, shared_tokens=shared, num_tokens=room, reserve=reserve
+        )
+        if fork is None:
+            return False
+        if fork.copy is not None:
+            self.copies.append(fork.copy)
+        sample.num_computed = shared
+        sample.cached_prompt_tokens = leader.cached_prompt_tokens
+        return True
+
     def finish(self, epoch: int, step: int, finished: Sequence[int]) -> StepPlan:
         """The plan as a value. finished: attempts that the ranks may forget."""
         return StepPlan(
@@ -62,3 +85,5 @@ class InFlight:
     samples: dict[int, Sample]
     sampling: frozenset[int]
     num_tokens: int = 0
+    alone: bool = False
+    """Whether it is of one sample on probation."""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 
-from phalanx.controller.kvcache.blocks import require
 from phalanx.controller.kvcache.manager import KVCacheManager
-from phalanx.protos.steps import BlockCopy
 
 from .config import SchedulerConfig
-from .places import Places
+from .places import FAVOURED, Places
 from .plan import PlanDraft
 from .queue import WaitingQueue
 from .sample import Sample, State
-
-FAVOURED = 0.75
-"""Of the budget that streams leave: for prompts of tenants below their share."""
-OTHERS = 0.5
-"""Of a step's budget: for prompts of all others, so that whoever comes waits for a short step."""
 
 
 class StepPlanner:
@@ -43,7 +36,7 @@ class StepPlanner:
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self._config, self._cache = config, cache
         self.waiting = WaitingQueue(config.tenants, config.max_bypass, config.aging_s)
-        self._places = Places(config.tenants, config.max_running)
+        self.places = Places(config.tenants, config.max_running)
         self.running: dict[int, Sample] = {}
         """By attempt id."""
         self.dismissed: list[int] = []
@@ -57,6 +50,10 @@ class StepPlanner:
         self.loading: dict[int, list[Sample]] = {}
         """Who waits for a load, in order."""
         self._next_seq = 0
+        self._loads: dict[str, float] = {}
+        """What tenants run by their weights, when the plan was begun."""
+        self._crowded = False
+        """Whether there was no room for who is on probation, the last time."""
         self.arrived: set[int] = set()
         """Running attempts that the ranks have not been told of: their blocks came from another
         replica."""
@@ -67,20 +64,21 @@ class StepPlanner:
         self.held: set[int] = set()
         """Tables of transfers to other replicas."""
 
-    def plan(self, now: float) -> PlanDraft:
-        """The work of the next step; its rows are empty when there is none."""
+    def plan(self, now: float, alone: Sample | None = None) -> PlanDraft:
+        """The work of the next step; its rows are empty when there is none. alone: nobody else's;
+        without it, nobody's who is on probation."""
         draft = PlanDraft(self._config.max_tokens_per_step)
         if (loads := self._cache.loads) is not None:
             busy = bool(self.running or self.waiting)
             loads.tiers.begin_plan(loads.rates.stores(busy=busy))
             for load in loads.overdue(now):
                 self.end_load(load)
-        chunks = self._continue_streams(draft)
-        self._places.forget(now)
-        if self._places.contended:
-            self._favour(draft, chunks, now)
-        self._continue_chunks(draft, chunks)
-        self._admit(draft, now)
+        self.places.forget(now)
+        self._loads = {tenant: self.places.load(tenant) for tenant in self.places.running}
+        if alone is None:
+            self._plan_together(draft, now)
+        else:
+            self._plan_alone(draft, alone, now)
         for sample in draft.samples.values():
             self._cache.commit(sample.seq, sample.num_computed)
             if sample.followers and sample.has_prompt:
@@ -90,13 +88,30 @@ class StepPlanner:
             draft.moves = loads.tiers.take_orders()
         return draft
 
+    def _plan_together(self, draft: PlanDraft, now: float) -> None:
+        chunks = self._continue_streams(draft)
+        if self.places.contended:
+            self._favour(draft, chunks, now)
+        self._continue_chunks(draft, chunks)
+        self._admit(draft, now)
+
+    def _plan_alone(self, draft: PlanDraft, sample: Sample, now: float) -> None:
+        self._crowded = False
+        if sample.state is State.WAITING:
+            self._crowded = not (self.has_places(1) and self._begin(draft, sample, now))
+        elif sample.remaining > 1:
+            self._continue_chunks(draft, [sample])
+        elif not sample.is_complete and (blocks := self._grow(sample)) is not None:
+            self._add(draft, sample, self._introduce(draft, sample) or blocks)
+
     def running_of(self, tenant: str) -> int:
         """Samples of the tenant that hold blocks."""
-        return self._places.running[tenant]
+        return self.places.running[tenant]
 
     def enqueue(self, sample: Sample) -> None:
         """A sample has arrived."""
-        self._places.saw(sample.request.tenant, sample.request.arrival)
+        request = sample.request
+        self.places.saw(request.tenant, request.arrival, len(request.prompt_token_ids))
         self.waiting.append(sample)
 
     def end_load(self, load: int) -> None:
@@ -113,7 +128,7 @@ class StepPlanner:
     def dismiss(self, sample: Sample) -> None:
         """Take a running sample's blocks away. They may be handed out at once."""
         del self.running[sample.seq]
-        self._places.ended(sample.request.tenant)
+        self.places.ended(sample.request.tenant)
         self._cache.commit(sample.seq, sample.num_computed)
         self._cache.release(sample.seq)
         if sample.seq in self.arrived:
@@ -134,37 +149,21 @@ class StepPlanner:
         """Let a sample run whose attempt has its blocks already."""
         sample.state, sample.was_admitted = State.RUNNING, True
         self.running[sample.seq] = sample
-        self._places.running[sample.request.tenant] += 1
+        self.places.began(sample.request.tenant)
         self.arrived.add(sample.seq)
-
-    def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless tables and running samples agree."""
-        coming = self.held | self.reserved | self.copied
-        tables = self.running.keys() | coming
-        require(self._cache.sequences == tables, "tables of samples that do not run")
-        require(self.has_places(0), "too many samples run")
-        require(self.arrived <= self.running.keys(), "a sample that arrived does not run")
-        active = frozenset() if self._cache.loads is None else self._cache.loads.active
-        require(self.loading.keys() <= active, "a sample waits for a load that has ended")
-        for seq, sample in self.running.items():
-            require(sample.seq == seq, f"attempt {seq} is filed wrongly")
-            room = len(self._cache.table(seq)) * self._cache.block_size
-            require(sample.num_computed <= room, f"attempt {seq} computes beyond its blocks")
-            require(sample.length <= sample.limit, f"attempt {seq} is planned past its limit")
-        tenants = Counter(sample.request.tenant for sample in self.running.values())
-        require(tenants == self._places.running, "running samples of tenants are miscounted")
 
     def _continue_streams(self, draft: PlanDraft) -> list[Sample]:
         """One token for each that needs one; returns those that need more, oldest first."""
         chunks: list[Sample] = []
-        for sample in sorted(self.running.values(), key=_by_arrival):
-            if sample.state is not State.RUNNING or sample.is_complete:
-                continue  # preempted a moment ago, or only its results are missing
+        tight = self._cache.num_free < len(self.running)
+        for sample in sorted(self.running.values(), key=self._dearest if tight else _by_arrival):
+            if sample.state is not State.RUNNING or sample.is_complete or sample.probation:
+                continue  # preempted a moment ago, or only its results are missing, or not now
             if sample.remaining > 1:
                 chunks.append(sample)
             elif (blocks := self._grow(sample)) is not None:
                 self._add(draft, sample, self._introduce(draft, sample) or blocks)
-        return chunks
+        return sorted(chunks, key=_by_arrival) if tight else chunks
 
     def _continue_chunks(self, draft: PlanDraft, chunks: Iterable[Sample]) -> None:
         for sample in chunks:
@@ -183,13 +182,13 @@ class StepPlanner:
 
     def _favour(self, draft: PlanDraft, chunks: Sequence[Sample], now: float) -> None:
         """Prompts of tenants below their share come first, with `FAVOURED` of the budget."""
-        rest = draft.budget - int(FAVOURED * draft.budget)
-        draft.budget -= rest
-        below = self._places.below_share
-        self._continue_chunks(draft, [item for item in chunks if below(item.request.tenant)])
+        budget, most = draft.budget, self._config.max_tokens_per_step
+        draft.budget = favoured = int(FAVOURED * budget)
+        favours = self.places.favours
+        self._continue_chunks(draft, [item for item in chunks if favours(item.request.tenant)])
         self._admit(draft, now, favoured=True)
-        others = max(int(OTHERS * self._config.max_tokens_per_step), 1)
-        draft.budget = min(draft.budget + rest, others)
+        used = favoured - draft.budget
+        draft.budget = min(budget - used, self.places.for_others(most, used))
 
     def _add(self, draft: PlanDraft, sample: Sample, blocks: list[int]) -> None:
         """Let the sample compute; where there are states, say where its own are."""
@@ -203,14 +202,20 @@ class StepPlanner:
     def _grow(self, sample: Sample) -> list[int] | None:
         """Blocks for one more token; None if this sample itself had to give way.
 
-        Nobody who has a row in this plan can lose it: the younger ones have their turn later.
+        Nobody who has a row in this plan can lose it: those who give way first have their turn last.
         """
         while (blocks := self._cache.append(sample.seq, sample.num_computed + 1)) is None:
-            victim = max(filter(self._may_preempt, self.running.values()), key=_by_arrival)
+            victim = max(filter(self._may_preempt, self.running.values()), key=self._dearest)
             self._preempt(victim)
             if victim is sample:
                 return None
         return blocks
+
+    def _dearest(self, sample: Sample) -> tuple[float, int, int]:
+        """Who gives way last comes first: of tenants that run less by their weight, then the more
+        urgent, then the older."""
+        request = sample.request
+        return self._loads.get(request.tenant, 0.0), request.priority, sample.order
 
     def _may_preempt(self, sample: Sample) -> bool:
         free = sample.state is not State.LEAVING
@@ -236,37 +241,47 @@ class StepPlanner:
 
     def _admit(self, draft: PlanDraft, now: float, *, favoured: bool = False) -> None:
         """Begin with those that wait; favoured: with those of tenants below their share only."""
-        while draft.budget and self.waiting and self.has_places(1 + self._num_loading):
+        promised = self._num_loading + self.waiting.num_apart
+        while draft.budget and self.waiting.has_head and self.has_places(1 + promised):
+            if self._crowded and self.waiting.num_apart:
+                return  # who is on probation is to find room
             sample = self._next(favoured=favoured)
             if sample is not None and self._begin_load(sample, now):
                 continue
-            # a preempted sample's last tokens must be here before it can be described in full
-            if sample is None or sample.pending or not self._open_table(sample, draft):
+            if sample is None or not self._begin(draft, sample, now):
                 return
-            self.waiting.remove(sample)
-            sample.state = State.RUNNING
-            self.running[sample.seq] = sample
-            self._places.running[sample.request.tenant] += 1
-            if not sample.was_admitted and sample.fork_of is None:
-                self.last_queue_time = now - sample.request.arrival
-                self.queue_times.append(self.last_queue_time)
-                self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
-            sample.was_admitted, sample.fork_of, sample.load = True, None, None
-            draft.new.append(sample.new_sequence())
-            self._add(draft, sample, list(self._cache.table(sample.seq)))
+
+    def _begin(self, draft: PlanDraft, sample: Sample, now: float) -> bool:
+        """Let a waiting sample run. False: it must wait."""
+        # a preempted sample's last tokens must be here before it can be described in full
+        if sample.pending or not self._open_table(sample, draft):
+            return False
+        self.waiting.remove(sample)
+        sample.state = State.RUNNING
+        self.running[sample.seq] = sample
+        self.places.began(sample.request.tenant)
+        if not sample.was_admitted and sample.fork_of is None:
+            self.last_queue_time = now - sample.request.arrival
+            self.queue_times.append(self.last_queue_time)
+            self.waiting.charge_input(sample.request.tenant, sample.num_prompt)
+        sample.was_admitted, sample.fork_of, sample.load = True, None, None
+        draft.new.append(sample.new_sequence())
+        self._add(draft, sample, list(self._cache.table(sample.seq)))
+        return True
 
     def _next(self, *, favoured: bool) -> Sample | None:
         """Whose turn it is, of those that may take a place."""
         places, free = (
-            self._places,
+            self.places,
             self._config.max_running - len(self.running) - len(self.reserved),
         )
 
         def may(tenant: str) -> bool:
-            return places.below_share(tenant) if favoured else places.may_take(tenant, free)
+            return places.favours(tenant) if favoured else places.may_take(tenant, free)
 
-        if self.waiting.has_returned or may(self.waiting.head.request.tenant):
-            return self.waiting.head
+        head, returned = self.waiting.head, self.waiting.has_returned and not favoured
+        if returned or may(head.request.tenant):
+            return head
         return self.waiting.first_of(may)
 
     @property
@@ -316,7 +331,7 @@ class StepPlanner:
         self._make_chain(sample)
         room, reserve = self._room(sample), self.growth()
         if (leader := self._leader(sample)) is not None:
-            opened = self._fork(leader, sample, room, reserve, draft.copies)
+            opened = draft.fork(self._cache, self._next_seq, leader, sample, room, reserve)
         else:
             opened = self._match(sample, room, reserve)
         if opened:
@@ -330,27 +345,6 @@ class StepPlanner:
             self._cache.blocks_for(min(sample.limit - sample.length, growth))
             for sample in self.running.values()
         )
-
-    def _fork(
-        self, leader: Sample, sample: Sample, room: int, reserve: int, copies: list[BlockCopy]
-    ) -> bool:
-        """Share the leader's prompt but for its last token, whose computation gives logits."""
-        shared = sample.num_prompt - 1
-        fork = self._cache.fork(
-            leader.seq,
-            self._next_seq,
-            sample.chain,
-            shared_tokens=shared,
-            num_tokens=room,
-            reserve=reserve,
-        )
-        if fork is None:
-            return False
-        if fork.copy is not None:
-            copies.append(fork.copy)
-        sample.num_computed = shared
-        sample.cached_prompt_tokens = leader.cached_prompt_tokens
-        return True
 
     def _match(self, sample: Sample, room: int, reserve: int) -> bool:
         """Start with what the prefix cache holds."""

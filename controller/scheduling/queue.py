@@ -84,6 +84,8 @@ class WaitingQueue:
         self._share = FairShare(lambda tenant: limits.of(tenant).weight, max_bypass)
         self._turn: str | None = None
         """The tenant whose turn it is, once somebody has asked."""
+        self._apart: dict[int, Sample] = {}
+        """Samples on probation, which are nobody's head."""
         self._length = 0
         self._next_ticket = 0
 
@@ -92,11 +94,21 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sample]:
         lines = (line.samples.values() for line in self._lines.values())
-        return chain(self._front.values(), *lines)
+        return chain(self._apart.values(), self._front.values(), *lines)
+
+    @property
+    def num_apart(self) -> int:
+        """Samples on probation: they wait for a step of their own."""
+        return len(self._apart)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether anybody else waits."""
+        return self._length > len(self._apart)
 
     @property
     def head(self) -> Sample:
-        """Whose turn it is. Precondition: the queue is not empty."""
+        """Whose turn it is. Precondition: `has_head`."""
         if self._front:
             return next(iter(self._front.values()))
         if self._turn is None:
@@ -117,6 +129,9 @@ class WaitingQueue:
 
     def append(self, sample: Sample) -> None:
         """Add to its tenant's line."""
+        if sample.probation:
+            self._set_apart(sample)
+            return
         tenant = sample.request.tenant
         if tenant not in self._lines:
             self._lines[tenant] = _Line()
@@ -127,6 +142,9 @@ class WaitingQueue:
 
     def push_front(self, sample: Sample) -> None:
         """Add to the head."""
+        if sample.probation:
+            self._set_apart(sample)
+            return
         ticket = self._ticket(sample)
         self._front[ticket] = sample
         self._front.move_to_end(ticket, last=False)
@@ -135,8 +153,9 @@ class WaitingQueue:
     def remove(self, sample: Sample) -> None:
         """Take a sample out, wherever it stands."""
         self._length -= 1
-        if self._front.pop(sample.ticket, None) is not None:
-            return
+        for where in (self._front, self._apart):
+            if where.pop(sample.ticket, None) is not None:
+                return
         tenant = sample.request.tenant
         line = self._lines[tenant]
         if line.first.ticket == sample.ticket:
@@ -153,6 +172,8 @@ class WaitingQueue:
         heir.ticket = sample.ticket
         if heir.ticket in self._front:
             self._front[heir.ticket] = heir
+        elif heir.ticket in self._apart:
+            self._apart[heir.ticket] = heir
         else:
             self._lines[heir.request.tenant].samples[heir.ticket] = heir
 
@@ -163,6 +184,10 @@ class WaitingQueue:
     def charge_output(self, tenant: str, tokens: int) -> None:
         """The tenant got tokens."""
         self._share.charge(tenant, OUTPUT_WEIGHT * tokens)
+
+    def _set_apart(self, sample: Sample) -> None:
+        self._apart[self._ticket(sample)] = sample
+        self._length += 1
 
     def _ticket(self, sample: Sample) -> int:
         sample.ticket = self._next_ticket

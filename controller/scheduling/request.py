@@ -38,6 +38,8 @@ class Request:
     priority: int = 0
     """Within its tenant, the lower one comes first."""
     output_token_ids: list[int] = field(default_factory=list)
+    probation: int = 0
+    """Tokens that it must give alone before it runs with others; see `probation.py`."""
     trace: Any = None
     """Whoever traces it, handed on; nothing here depends on it."""
 

@@ -72,6 +72,8 @@ class Sample:
     """Samples of the same request that wait until this one has computed the prompt."""
     load: int | None = None
     """What it waits for, or has waited for: nobody waits twice before an admission."""
+    probation: int = 0
+    """Tokens that it must yet give alone."""
     fork_of: int | None = None
     """Attempt whose blocks hold the prompt, of use while it still runs."""
 
@@ -123,6 +125,19 @@ class Sample:
         request = self.request
         scores = request.params.prompt_logprobs is not None and request.sample_index == 0
         return scores and self.num_scored < self.num_prompt
+
+    def lead(self, followers: list[Sample]) -> None:
+        """Compute the prompt for these samples as well."""
+        self.followers = followers
+        for follower in followers:
+            follower.leader, follower.state = self, State.FOLLOWING
+
+    def inherit(self) -> Sample:
+        """Lead the other followers of a leader that has ended, as the first of them."""
+        heirs = self.leader.followers[1:] if self.leader is not None else []
+        self.leader, self.state = None, State.WAITING
+        self.lead(heirs)
+        return self
 
     def new_sequence(self) -> NewSequence:
         """The full record for the ranks."""

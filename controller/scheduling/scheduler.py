@@ -28,21 +28,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from phalanx.controller.kvcache.blocks import require
 from phalanx.controller.kvcache.changes import PrefixUpdate
 from phalanx.controller.kvcache.manager import KVCacheManager
-from phalanx.protos.errors import (
-    AlreadyExists,
-    GroupLost,
-    ResourceExhausted,
-)
+from phalanx.protos.errors import AlreadyExists, GroupLost, ResourceExhausted
 from phalanx.protos.moves import MoveReport
 from phalanx.protos.steps import StepPlan, StepResult
 
 from .arrivals import Arrivals
+from .audit import audit_running, audit_states
 from .checks import check_group, error_of
 from .config import SchedulerConfig
 from .departures import Departures
 from .outline import Standing
 from .plan import InFlight
 from .planner import StepPlanner
+from .probation import Computing, Probation
 from .queue import DeadlineHeap
 from .request import FinishReason, Request, TokenEvent
 from .sample import Sample, State
@@ -67,6 +65,7 @@ class Scheduler:
         self._of_tenant: Counter[str] = Counter()
         """Samples that live."""
         self._deadlines = DeadlineHeap()
+        self._probation = Probation()
         self._in_flight: deque[InFlight] = deque()
         self.departures = Departures(cache, self._planner, self._requests)
         self.arrivals = Arrivals(cache, self._planner, self.max_context)
@@ -108,14 +107,21 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
+    def computing(self) -> Computing:
+        """Whose tokens the unanswered plans compute."""
+        names = {
+            item.request.request_id for plan in self._in_flight for item in plan.samples.values()
+        }
+        return Computing(frozenset(names), any(plan.alone for plan in self._in_flight))
+
+    @property
     def planned(self) -> Iterable[Sample]:
         """Who computes in the plan made last."""
         return self._in_flight[-1].samples.values() if self._in_flight else ()
 
     def add(self, group: Sequence[Request], *, readmitted: bool = False) -> None:
-        """Queue all samples of one request; they may bring output tokens of an earlier life.
-
-        The first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
+        """Queue all samples of one request; they may bring output tokens of an earlier life. The
+        first one computes the prompt, the others fork its blocks. Raises `InvalidArgument`,
         `AlreadyExists` for an id that lives, `ResourceExhausted` when its tenant's queue is full; what was
         accepted before and is `readmitted` is not subject to that.
         """
@@ -130,7 +136,7 @@ class Scheduler:
         self._num_samples += len(samples)
         self._of_tenant[group[0].tenant] += len(samples)
         leader, *followers = samples
-        _follow(leader, followers)
+        leader.lead(followers)
         self._planner.enqueue(leader)
 
     def adopt(
@@ -188,12 +194,22 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
-        draft = self._planner.plan(now)
+        if self._in_flight and (self._probation or self._in_flight[-1].alone):
+            return None  # it must be known of which plan ranks die
+        if len(self._in_flight) >= self._config.num_stages and self._planner.places.lopsided:
+            return None  # whoever comes would have to wait for it
+        alone = self._probation.next()
+        draft = self._planner.plan(now, alone)
+        if not draft.rows and self._probation:
+            moves, alone = draft.moves, None if alone else self._probation.first
+            draft = self._planner.plan(now, alone)
+            draft.moves = [*moves, *draft.moves]
         if not draft.rows and not draft.moves:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
         tokens = sum(row.num_new for row in draft.rows)
-        self._in_flight.append(InFlight(step, draft.samples, frozenset(draft.sampling), tokens))
+        sampling, on_probation = frozenset(draft.sampling), alone is not None
+        self._in_flight.append(InFlight(step, draft.samples, sampling, tokens, on_probation))
         finished, self._planner.dismissed = self._planner.dismissed, []
         return draft.finish(self._epoch, step, finished)
 
@@ -207,11 +223,14 @@ class Scheduler:
             return []
         due = self._in_flight[0].step if self._in_flight else None
         if result.step != due:
-            raise GroupLost(f"the result of step {result.step} came, that of {due} is due")
-        plan = self._in_flight.popleft()
+            text = f"the result of step {result.step} came, that of {due} is due"
+            raise GroupLost(text, crashed=True)
+        plan = self._in_flight[0]
         if self._cache.loads is not None:
             self._cache.loads.rates.on_step(len(plan.samples), plan.num_tokens, result.execute_s)
-        return list(self._events(plan, result))
+        events = list(self._events(plan, result))
+        self._in_flight.popleft()
+        return events
 
     def moved(self, report: MoveReport, now: float) -> None:
         """Take in what one rank says of moves. now: as in `schedule`.
@@ -261,34 +280,28 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless all books agree. O(samples + blocks); for tests."""
         self._cache.check_integrity()
-        self._planner.check_integrity()
+        audit_running(self._planner, self._cache)
         samples = [sample for group in self._requests.values() for sample in group.values()]
         require(all(self._requests.values()), "a request without samples is kept")
         require(len(samples) == self._num_samples, "samples are miscounted")
         tenants = Counter(sample.request.tenant for sample in samples)
         require(tenants == self._of_tenant, "samples of tenants are miscounted")
-        by_state = {state: [s for s in samples if s.state is state] for state in State}
-        require(not by_state[State.ENDED], "an ended sample is kept")
-        running = self._planner.running.values()
-        held = {*by_state[State.RUNNING], *by_state[State.LEAVING]}
-        require(held == set(running), "running samples disagree")
-        waiting = list(self._planner.waiting)
-        require(set(by_state[State.WAITING]) == set(waiting), "waiting samples disagree")
-        loading = [sample for waiters in self._planner.loading.values() for sample in waiters]
-        require(set(by_state[State.LOADING]) == set(loading), "loading samples disagree")
-        following = [follower for sample in samples for follower in sample.followers]
-        require(set(by_state[State.FOLLOWING]) == set(following), "followers disagree")
-        for sample in samples:
-            owed = sum(
-                step.samples.get(seq) is sample for step in self._in_flight for seq in step.sampling
-            )
-            require(sample.pending == owed, f"{sample.request.key} has {sample.pending} pending")
-            require(sample.num_known < sample.limit, f"{sample.request.key} is past its limit")
+        audit_states(samples, self._planner, self._in_flight)
+        on_probation = sum(sample.probation > 0 for sample in samples)
+        require(on_probation == len(self._probation), "samples on probation are miscounted")
+
+    def places_of(self, tenant: str) -> tuple[int, int]:
+        """Samples of the tenant that run, and how many may wait. Safe to call from any thread: it
+        may be a step old."""
+        return self._planner.running_of(tenant), self._most_queued(tenant)
+
+    def _most_queued(self, tenant: str) -> int:
+        own = self._config.tenants.of(tenant).max_queued
+        return self._config.max_queued if own is None else min(own, self._config.max_queued)
 
     def _check_queue(self, tenant: str) -> None:
         """Raise `ResourceExhausted` where the tenant has as many samples waiting as it may."""
-        own = self._config.tenants.of(tenant).max_queued
-        most = self._config.max_queued if own is None else min(own, self._config.max_queued)
+        most = self._most_queued(tenant)
         if self._of_tenant.get(tenant, 0) < most:
             return
         waiting = self._of_tenant[tenant] - self._planner.running_of(tenant)
@@ -302,6 +315,9 @@ class Scheduler:
 
     def _sample(self, request: Request) -> Sample:
         sample = Sample.of(request, self._next_order, self.max_context, self._config.eos_token_ids)
+        # what was computed when the ranks died reached so far
+        alone = max(request.probation, self._config.max_in_flight) if request.probation else 0
+        self._probation.add(sample, alone)
         self._next_order += 1
         if request.deadline is not None:
             self._deadlines.push(request.deadline, request.key)
@@ -318,7 +334,8 @@ class Scheduler:
         if missing or unasked:
             raise GroupLost(
                 f"step {plan.step}: no answer for sequences {sorted(missing)}, "
-                f"unasked answers for {sorted(unasked)}"
+                f"unasked answers for {sorted(unasked)}",
+                crashed=True,
             )
         for seq, sample in plan.samples.items():
             if sample.state is State.ENDED:
@@ -331,6 +348,7 @@ class Scheduler:
             run = sample.take_scores(scores.get(seq))
             if seq in tokens:
                 finish = sample.accept(tokens[seq])
+                self._probation.gave_token(sample)
                 self._planner.waiting.charge_output(sample.request.tenant, 1)
                 event = sample.event(tokens[seq], finish, scores=run)
                 yield event if finish is None else self._end(sample, event)
@@ -348,12 +366,13 @@ class Scheduler:
             else:
                 self._planner.dismiss(sample)
             if heirs:
-                waiting.push_front(_lead(heirs))
+                waiting.push_front(heirs[0].inherit())
         elif heirs:
-            waiting.replace(sample, _lead(heirs))
+            waiting.replace(sample, heirs[0].inherit())
         else:
             waiting.remove(sample)
         sample.state = State.ENDED
+        self._probation.remove(sample)
         self._forget(sample)
         return event
 
@@ -374,17 +393,3 @@ class Scheduler:
                 for live in group.values()
                 if live.request.deadline is not None
             )
-
-
-def _follow(leader: Sample, followers: list[Sample]) -> None:
-    leader.followers = followers
-    for follower in followers:
-        follower.leader, follower.state = leader, State.FOLLOWING
-
-
-def _lead(samples: list[Sample]) -> Sample:
-    """Make the first of these samples, whose leader has ended, the leader of the others."""
-    leader, *followers = samples
-    leader.leader, leader.state = None, State.WAITING
-    _follow(leader, followers)
-    return leader

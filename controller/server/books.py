@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections import Counter
 from typing import Any, Protocol, runtime_checkable
+
+from phalanx.protos.errors import ResourceExhausted
 
 from .answer import Answer, Response
 from .engine import Observer
 
 CLOCK_SLACK_S = 0.1
+REFUSED = ResourceExhausted.status.lower()
+REFUSALS_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +38,28 @@ class Counting(Protocol):
         """The request was accepted, with a prompt of so many tokens."""
 
 
+class RefusalLog:
+    """Refusals for want of room in the log: one line a second for all of them, lest telling so many
+    costs what refusing has saved. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def note(self, tenant: str) -> None:
+        """One request of the tenant was refused."""
+        if not self._counts:
+            asyncio.get_running_loop().call_later(REFUSALS_S, self.tell)
+        self._counts[tenant] += 1
+
+    def tell(self) -> None:
+        """Write down what was noted."""
+        counts, self._counts = self._counts, Counter()
+        if counts:
+            most, _ = counts.most_common(1)[0]
+            fields = {"refused": counts.total(), "tenants": len(counts), "most_of": most}
+            _log.info("requests were refused for want of room", extra={"fields": fields})
+
+
 class Call:
     """The books of one call; times are of the monotonic clock. outlived: by a request that has an
     id of its caller's, so that the caller may come back to it."""
@@ -43,10 +71,11 @@ class Call:
         reader: Reader,
         tenant: str,
         *,
+        refusals: RefusalLog,
         outlived: bool = False,
     ) -> None:
         self.method, self.reader, self.tenant, self.outlived = method, reader, tenant, outlived
-        self._observer = observer
+        self._observer, self._refusals = observer, refusals
         self._began = self._last = time.monotonic()
         self._any = False
         left = reader.time_remaining()
@@ -97,7 +126,9 @@ class Call:
         tokens = self.new_tokens
         seconds = time.monotonic() - self._began
         self._observer.on_end(self.outcome, self.prompt_tokens, tokens, seconds)
-        if _log.isEnabledFor(logging.INFO):
+        if self.outcome == REFUSED and self.answer is None:
+            self._refusals.note(self.tenant)
+        elif _log.isEnabledFor(logging.INFO):
             fields = {
                 "method": self.method,
                 "tenant": self.tenant,

@@ -38,6 +38,10 @@ class Engine(Protocol):
         accepted before; it is not refused for want of room, and only what is new comes.
         """
 
+    def check_room(self, tenant: str) -> None:
+        """Raises `ResourceExhausted` or `Unavailable` where a new request of the tenant would be
+        refused now, whatever it asks: for little, before the request is looked at."""
+
     def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
         """This sample needs no more tokens (a stop string matched); it ends with ABORT."""
 

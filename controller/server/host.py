@@ -16,14 +16,13 @@ from phalanx.protos.errors import ConfigError
 from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
     MAX_CONCURRENT_CALLS,
-    MAX_CONCURRENT_STREAMS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
 )
 from phalanx.protos.v1 import admin_pb2, admin_pb2_grpc, serving_pb2, serving_pb2_grpc
 
 from .health import HealthService
-from .interceptors import Authentication, Containment
+from .interceptors import Containment
 from .kserve import SERVICE as OPEN_INFERENCE
 from .kserve import OpenInferenceService
 from .listeners import Listener, authentication, encryption
@@ -42,7 +41,11 @@ OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    # calls are bounded by `Containment`, which says when to come back; the library would refuse
+    # those beyond its own bounds without a word, so these are out of reach
+    ("grpc.max_concurrent_streams", 4 * MAX_CONCURRENT_CALLS),
+    ("grpc.server.max_pending_requests", 4 * MAX_CONCURRENT_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 4 * MAX_CONCURRENT_CALLS),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error
     ("grpc.keepalive_time_ms", 30_000),  # a caller that vanished is noticed, and its KV freed
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -116,26 +119,21 @@ class GrpcHost:
 
         Raises `ConfigError` when the address cannot be bound.
         """
-        interceptors: list[grpc.aio.ServerInterceptor] = [Containment()]
-        if self._tokens is not None:
-            interceptors.append(Authentication(self._tokens))
-        server = grpc.aio.server(
-            interceptors=interceptors,
-            options=OPTIONS,
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
-        )
+        calls: Any = Containment(MAX_CONCURRENT_CALLS, self._tokens)
         add: Any = serving_pb2_grpc.add_InferenceServiceServicer_to_server
-        add(self._service, server)
+        add(self._service, calls)
         add = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
-        add(self._open_inference, server)
+        add(self._open_inference, calls)
         if self._admin is not None:
             add = admin_pb2_grpc.add_AdminServiceServicer_to_server
-            add(self._admin, server)
+            add(self._admin, calls)
         if self._vllm_engine is not None:
-            server.add_generic_rpc_handlers((self._vllm_engine.handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            calls.add_generic_rpc_handlers((self._vllm_engine.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, calls)
         if self._reflection:
-            self._add_reflection(server)
+            self._add_reflection(calls)
+        server = grpc.aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers((calls,))
         self.address = self._bind(server)
         await server.start()
         self._server = server
@@ -182,8 +180,8 @@ class GrpcHost:
             )
         return f"{shown}:{port}"
 
-    def _add_reflection(self, server: Any) -> None:
-        from grpc_reflection.v1alpha import reflection
+    def _add_reflection(self, calls: Any) -> None:
+        from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         own = [SERVICE, OPEN_INFERENCE, *([ADMIN] if self._admin else [])]
@@ -193,7 +191,8 @@ class GrpcHost:
         if self._vllm_engine is not None:
             names.append(VLLM_ENGINE)
             pools.append(self._vllm_engine.descriptors)
-        reflection.enable_server_reflection(names, server, Descriptors(pools))
+        servicer = reflection.aio.ReflectionServicer(names, pool=Descriptors(pools))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, calls)
 
     def _may_operate(self, context: Any) -> bool:
         if self._tokens is not None:

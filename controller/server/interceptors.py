@@ -1,27 +1,28 @@
-"""What surrounds every call: parsing, errors to statuses, and who is calling."""
+"""What surrounds every call: parsing, errors to statuses, who is calling, and how many may."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from phalanx.controller.tracing.context import note_parent
-from phalanx.protos.errors import InvalidArgument, PhalanxError
+from phalanx.protos.errors import InvalidArgument, PhalanxError, ResourceExhausted
+from phalanx.protos.limits import MAX_CONCURRENT_CALLS
 from phalanx.protos.status import encode
 
 from .rights import check_right
 from .security import Keys
 
 OPEN_METHODS = "/grpc.health.v1.Health/"
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+
+BUSY_RETRY_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -50,20 +51,49 @@ async def contain(context: Any, method: str, error: Exception) -> NoReturn:
     raise error  # not reached: abort raises
 
 
-class Containment(grpc.aio.ServerInterceptor):
-    """Outermost: whatever a handler raises ends its own call, with a proper status.
+class Containment(grpc.GenericRpcHandler):
+    """Takes every call: whatever its handler raises ends the call, with a proper status.
 
-    Requests are parsed here, so that bytes that are no message are the caller's fault.
+    Requests are parsed here, so that bytes that are no message are the caller's fault. So many
+    calls may be open, health checks beside them; more are refused before they are parsed. With
+    `tokens`, nothing but health checks is answered without a known bearer token, and nothing that
+    its role may not call; nor methods that do not exist.
+
+    In place of interceptors, for which the library makes a task more and every call's handler anew.
+    Services are added to it as to a server, before it serves.
     """
 
-    async def intercept_service(
-        self, continuation: Continuation, details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Wrap the handler."""
-        note_parent(details.invocation_metadata or ())
-        handler = await continuation(details)
+    def __init__(self, max_open: int = MAX_CONCURRENT_CALLS, tokens: Keys | None = None) -> None:
+        self._max_open, self._tokens, self._open = max_open, tokens, 0
+        self._services: list[grpc.GenericRpcHandler] = []
+        self._handlers: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """As of a `grpc.aio.Server`."""
+        self._services += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """As of a `grpc.aio.Server`, which has no use for them."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """The handler of a call that has just come; None: there is no such method."""
+        method, metadata = details.method, details.invocation_metadata or ()
+        note_parent(metadata)
+        if self._tokens is not None and not method.startswith(OPEN_METHODS):
+            try:
+                check_right(method, self._tokens.caller(metadata))
+            except PhalanxError as refused:
+                return _refusing(refused)
+        handler = self._handlers.get(method)
         if handler is None:
-            return None
+            found = (service.service(details) for service in self._services)
+            bare = next((handler for handler in found if handler is not None), None)
+            if bare is None:
+                return None
+            handler = self._handlers[method] = self._contained(method, bare)
+        return handler
+
+    def _contained(self, method: str, handler: Any) -> Any:
         behavior = (
             handler.unary_unary
             or handler.unary_stream
@@ -74,12 +104,44 @@ class Containment(grpc.aio.ServerInterceptor):
         deserializer = handler.request_deserializer
         if not handler.request_streaming:
             parse, deserializer = deserializer, None
-        guard = _guarded_generator if inspect.isasyncgenfunction(behavior) else _guarded
+        guard = self._generator if inspect.isasyncgenfunction(behavior) else self._call
         return _MAKERS[handler.request_streaming, handler.response_streaming](
-            guard(behavior, details.method, parse),
+            guard(behavior, method, parse),
             request_deserializer=deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    def _call(self, behavior: Any, method: str, parse: Any) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            self._open += 1
+            try:
+                self._check_open(method)
+                return await behavior(_parsed(parse, request), context)
+            except Exception as error:  # noqa: BLE001  the last line of defence
+                await _end(context, method, error)
+            finally:
+                self._open -= 1
+
+        return call
+
+    def _generator(self, behavior: Any, method: str, parse: Any) -> Any:
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            self._open += 1
+            try:
+                self._check_open(method)
+                async for message in behavior(_parsed(parse, request), context):
+                    yield message
+            except Exception as error:  # noqa: BLE001  the last line of defence
+                await _end(context, method, error)
+            finally:
+                self._open -= 1
+
+        return call
+
+    def _check_open(self, method: str) -> None:
+        if self._open > self._max_open and not method.startswith(OPEN_METHODS):
+            text = f"{self._max_open} calls are open, no more are taken"
+            raise ResourceExhausted(text, BUSY_RETRY_S)
 
 
 _MAKERS = {
@@ -99,54 +161,13 @@ def _parsed(parse: Callable[[bytes], Any] | None, request: Any) -> Any:
         raise InvalidArgument.of("request", "these bytes are not a message of this call") from None
 
 
-@contextlib.asynccontextmanager
-async def _contained(context: Any, method: str) -> AsyncIterator[None]:
-    """Whatever is raised inside ends the call with its status."""
-    try:
-        yield
-    except PhalanxError as error:
+async def _end(context: Any, method: str, error: Exception) -> NoReturn:
+    """End the call with the status of what was raised."""
+    if isinstance(error, PhalanxError):
         await abort(context, error)
-    except grpc.aio.AbortError:
-        raise
-    except Exception as error:  # noqa: BLE001  the last line of defence
+    if not isinstance(error, grpc.aio.AbortError):
         await contain(context, method, error)
-
-
-def _guarded(behavior: Any, method: str, parse: Any) -> Any:
-    async def call(request: Any, context: Any) -> Any:
-        async with _contained(context, method):
-            return await behavior(_parsed(parse, request), context)
-
-    return call
-
-
-def _guarded_generator(behavior: Any, method: str, parse: Any) -> Any:
-    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        async with _contained(context, method):
-            async for message in behavior(_parsed(parse, request), context):
-                yield message
-
-    return call
-
-
-class Authentication(grpc.aio.ServerInterceptor):
-    """Nothing but health checks is answered without a known bearer token, and nothing that its
-    role may not call."""
-
-    def __init__(self, tokens: Keys) -> None:
-        self._tokens = tokens
-
-    async def intercept_service(
-        self, continuation: Continuation, details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Refuse before anything is read; also for methods that do not exist."""
-        if details.method.startswith(OPEN_METHODS):
-            return await continuation(details)
-        try:
-            check_right(details.method, self._tokens.caller(details.invocation_metadata))
-        except PhalanxError as refused:
-            return _refusing(refused)
-        return await continuation(details)
+    raise error
 
 
 def _refusing(error: PhalanxError) -> Any:

@@ -18,6 +18,7 @@ from phalanx.protos.errors import (
     InvalidArgument,
     NotFound,
     PhalanxError,
+    ResourceExhausted,
     Unavailable,
 )
 from phalanx.protos.limits import MAX_STALL_S
@@ -25,7 +26,7 @@ from phalanx.protos.v1 import serving_pb2, serving_pb2_grpc
 
 from .admission import Admission, Admitted
 from .answer import Answer, Received, Response
-from .books import Call, Reader
+from .books import Call, Reader, RefusalLog
 from .convert import cluster_state, move_message, placement, unknown_fields
 from .engine import Engine, Observer
 from .following import LogReader, read_events, read_log, write_answer
@@ -76,6 +77,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         self._admission = Admission(model, tool_parser)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._answers: set[Answer] = set()
+        self._refusals = RefusalLog()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -113,21 +115,25 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
 
     # --- streams ---
 
+    def _call(self, method: str, reader: Reader, tenant: str, *, outlived: bool = False) -> Call:
+        refusals = self._refusals
+        return Call(method, self._observer, reader, tenant, refusals=refusals, outlived=outlived)
+
     async def Generate(self, request: serving_pb2.GenerateRequest, context: Any) -> None:
         """Continue a prompt."""
-        call = Call("Generate", self._observer, context, self.identify(context), outlived=True)
+        call = self._call("Generate", context, self.identify(context), outlived=True)
         await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def Chat(self, request: serving_pb2.ChatRequest, context: Any) -> None:
         """Answer a conversation."""
-        call = Call("Chat", self._observer, context, self.identify(context), outlived=True)
+        call = self._call("Chat", context, self.identify(context), outlived=True)
         await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
 
     async def Resume(self, request: serving_pb2.ResumeRequest, context: Any) -> None:
         """Go on reading a request."""
-        call = Call("Resume", self._observer, context, self.identify(context))
+        call = self._call("Resume", context, self.identify(context))
         # what was accepted may be read to its end while the server drains
-        async with self._booked(call, joins=True):
+        async with self._booked(call):
             self._admission.resume(request)
             REQUEST_ID.set(request.request_id)
             session = self._sessions.find(request.request_id, call.tenant)
@@ -147,23 +153,24 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Write the `GenerateResponse`s of a request to `reader`. Cancelling this frees all that
         the request holds, at once."""
-        call = Call("Generate", self._observer, reader, tenant)
+        call = self._call("Generate", reader, tenant)
         await self._stream(call, request, self._admission.generate, serving_pb2.GenerateResponse)
 
     async def chat(self, request: serving_pb2.ChatRequest, reader: Reader, tenant: str) -> None:
         """The same for a conversation and its `ChatResponse`s."""
-        call = Call("Chat", self._observer, reader, tenant)
+        call = self._call("Chat", reader, tenant)
         await self._stream(call, request, self._admission.chat, serving_pb2.ChatResponse)
 
     async def _stream(
         self, call: Call, request: Any, admit: Callable[[Any], Admitted], kind: type[Response]
     ) -> None:
         """One request from its arrival to its end."""
-        async with self._booked(call, joins=call.outlived):
+        async with self._booked(call):
+            self._check_room(call, request.request_id)
             admitted = await self._run(request, admit)
+            if self._draining:  # since it came
+                self._check_room(call, request.request_id)
             kept = call.outlived and bool(admitted.fingerprint)
-            if not (kept and self._sessions.has(admitted.request_id, call.tenant)):
-                self._check_open()
             call.admitted(len(admitted.prompt_token_ids))
             REQUEST_ID.set(admitted.request_id)
             if (trace := TRACE.get()) is not None:
@@ -176,15 +183,12 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
                 await self._answer(admitted, call, kind)
 
     @contextlib.asynccontextmanager
-    async def _booked(self, call: Call, *, joins: bool = False) -> AsyncIterator[None]:
-        """A call's entry in the books, however it ends. joins: it may be about a request that was
-        accepted before."""
+    async def _booked(self, call: Call) -> AsyncIterator[None]:
+        """A call's entry in the books, however it ends."""
         trace = None if self._tracing is None else self._tracing.begin(call.method, PARENT.get())
         TRACE.set(trace)
         REQUEST_ID.set("")
         try:
-            if not joins:
-                self._check_open()
             yield
         except PhalanxError as error:
             call.outcome = error.status.lower()
@@ -198,9 +202,17 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             if trace is not None:
                 trace.end(call.outcome, call.new_tokens)
 
-    def _check_open(self) -> None:
-        if self._draining:
-            raise Unavailable("the server is shutting down", DRAINED_RETRY_S)
+    def _check_room(self, call: Call, request_id: str) -> None:
+        """Refuse new work where there is no room for it, before anything is done for it. To join a
+        request that was accepted is no new work."""
+        try:
+            if self._draining:
+                raise Unavailable("the server is shutting down", DRAINED_RETRY_S)
+            self._engine.check_room(call.tenant)
+        except (ResourceExhausted, Unavailable):
+            joins = call.outlived and bool(request_id)
+            if not (joins and self._sessions.has(request_id, call.tenant)):
+                raise
 
     async def _answer(self, admitted: Admitted, call: Call, kind: type[Response]) -> None:
         """A request that lives as long as its call."""

@@ -22,7 +22,7 @@ from phalanx.controller.client import AsyncClient
 ROOT = Path(__file__).parents[2]
 UNIT = "tests/unit/controller"
 SET_ASIDE = (
-    f"{UNIT}/test_engine.py::"
+    f"{UNIT}/test_suspects.py::"
     "test_a_request_whose_ranks_die_again_and_again_is_set_aside_and_others_are_not"
 )
 LOAD = Load(8, 48)
@@ -76,9 +76,18 @@ prefix._root = lambda namespace, salt: root(namespace, b"")
         "setting aside",
         """
 from phalanx.controller.stream import Stream
-Stream.losses = property(lambda self: 0, lambda self, value: None)
+lose = Stream.lose
+Stream.lose = lambda self, **more: lose(self, blamed=False)
 """,
         (SET_ASIDE,),
+    ),
+    Mutant(
+        "probation",
+        """
+from phalanx.controller.scheduling.probation import Probation
+Probation.add = lambda self, sample, tokens: None
+""",
+        (f"{UNIT}/scheduling/test_probation.py::test_two_deaths_convict_exactly_one",),
     ),
     Mutant(
         "quarantine",

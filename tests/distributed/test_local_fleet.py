@@ -64,6 +64,7 @@ serve_rank(
     tuple(told["address"]),
     Hello(rank, told["epoch"], bytes.fromhex(told["secret"])),
     lambda spec: build_engine(spec, rank, rendezvous, listener),
+    own_process=True,
 )
 """
 
@@ -273,9 +274,47 @@ def test_a_killed_rank_is_named(
     over_sockets(fleet)(next(steps))
     group.ranks[victim].send_signal(signal.SIGKILL)
     group.ranks[victim].wait()
-    with pytest.raises(GroupLost, match=f"rank {victim}"):
+    with pytest.raises(GroupLost, match=f"rank {victim}") as lost:
         for plan in steps:
             over_sockets(fleet)(plan)
+    assert not lost.value.crashed, "somebody has killed it"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "victim"),
+    [(signal.SIGSEGV, "Segmentation fault", 0), (signal.SIGABRT, "Aborted", 1)],
+)
+def test_a_rank_that_dies_of_itself_says_so(
+    tiny_llama: Callable[..., Path],
+    processes: Callable[[int, str], Processes],
+    start: Callable[..., LocalFleet],
+    number: signal.Signals,
+    words: str,
+    victim: int,
+) -> None:
+    group = processes(2, "gloo")
+    fleet = start(spec_of(tiny_llama(), 2, 1), group.mains())
+    steps = plans()
+    over_sockets(fleet)(next(steps))
+    group.ranks[victim].send_signal(number)
+    with pytest.raises(GroupLost, match=f"rank {victim}: died: {words}") as lost:
+        for plan in steps:
+            over_sockets(fleet)(plan)
+    assert lost.value.crashed
+    assert group.ranks[victim].wait() == -number
+
+
+def test_a_rank_with_an_error_of_its_own_says_so(
+    tiny_llama: Callable[..., Path],
+    processes: Callable[[int, str], Processes],
+    start: Callable[..., LocalFleet],
+) -> None:
+    """Its peers complain of it as well."""
+    fleet = start(spec_of(tiny_llama(), 2, 1), processes(2, "gloo").mains())
+    wrong = StepPlan(epoch=0, step=0, finished=[], new=[], copies=[], rows=[Row(99, 1, [0])])
+    with pytest.raises(GroupLost, match="sequence 99") as lost:
+        over_sockets(fleet)(wrong)
+    assert lost.value.crashed
 
 
 def strangers(hello: Hello) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ from phalanx.controller.routing.placer import Placement
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
 from phalanx.controller.server.host import GrpcHost
 from phalanx.controller.server.service import InferenceService
-from phalanx.protos.errors import AlreadyExists
+from phalanx.protos.errors import AlreadyExists, PhalanxError
 from phalanx.protos.sampling import SamplingParams
 from phalanx.protos.specs import DecoderSpec, RopeSpec
 from phalanx.protos.steps import SampledToken
@@ -93,6 +93,8 @@ class FakeEngine:
         self.submissions: list[Submission] = []
         self.live: dict[tuple[str, str], Submission] = {}
         self.decisions: list[Placement] = []
+        self.full: PhalanxError | None = None
+        """What new requests are refused with."""
 
     async def submit(self, **given: Any) -> AsyncIterator[list[TokenEvent]]:
         given["prompt_token_ids"] = list(given["prompt_token_ids"])
@@ -109,6 +111,10 @@ class FakeEngine:
         finally:
             del self.live[key]
             submission.closed.set()
+
+    def check_room(self, tenant: str) -> None:
+        if self.full is not None:
+            raise self.full
 
     def stop_sample(self, request_id: str, sample_index: int, tenant: str) -> None:
         self.live[tenant, request_id].stopped.append(sample_index)

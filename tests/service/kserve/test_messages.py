@@ -165,10 +165,11 @@ def test_a_caller_that_does_not_read_its_stream_is_let_go(
 
     async def main() -> None:
         async with serve(script) as served:
-            server = grpc.aio.server(interceptors=[Containment()])
+            server, calls = grpc.aio.server(), Containment()
             front = OpenInferenceService(served.service, lambda: True, max_stall_s=0.2)
             add: Any = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
-            add(front, server)
+            add(front, calls)
+            server.add_generic_rpc_handlers((calls,))
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             narrow = [("grpc.http2.bdp_probe", 0)]  # a window that is soon full

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phalanx.controller.cluster.recovery import (
     CRASH_LOOP,
     DEGRADED_BACKOFF_S,
+    LIVED_S,
     LONGEST_BACKOFF_S,
     LOOK_AT_SPARES_S,
     LOOK_FOR_MORE_S,
@@ -76,6 +77,21 @@ def test_a_crash_loop_is_degraded_with_its_cause_and_still_tried() -> None:
     assert foremost([slot], now) == Wait(DEGRADED_BACKOFF_S)
     assert foremost([slot], now + DEGRADED_BACKOFF_S) == Start(0)
     assert not slot.started().degraded(now)
+
+
+def test_losses_of_groups_that_had_come_up_well_are_no_crash_loop() -> None:
+    """Somebody kills them, say; each is answered at once."""
+    slot, now = Slot(), 0.0
+    for _ in range(3 * CRASH_LOOP):
+        slot = slot.started(now=now)
+        now += LIVED_S
+        slot = slot.failed(now, "killed")
+        assert not slot.degraded(now) and foremost([slot], now) == Start(0)
+    for _ in range(CRASH_LOOP - 1):
+        slot = slot.started(now=now)
+        now += LIVED_S - 1
+        slot = slot.failed(now, "died young")
+    assert slot.degraded(now)
 
 
 def test_old_failures_are_forgiven() -> None:

@@ -13,6 +13,7 @@ from phalanx.controller.cluster.fleet import RankFacts
 from phalanx.controller.cluster.recovery import CRASH_LOOP, Desired
 from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.handle import ReplicaHandle
+from phalanx.controller.scheduling.probation import Computing
 from phalanx.controller.scheduling.request import FinishReason, Request, TokenEvent
 from phalanx.controller.scheduling.scheduler import SchedulerStats
 from phalanx.controller.supervisor import Supervisor
@@ -66,6 +67,7 @@ class PlayedReplica:
     """Gives a request of one token its token; others wait until it dies or stops."""
 
     transfers = NoTransfers()
+    computing = Computing(frozenset())
 
     def __init__(self, world: World, index: int) -> None:
         self.world, self.index = world, index
@@ -120,11 +122,15 @@ class World:
         """Whether a group that starts leaves no place free."""
         self.engine = AsyncEngine(MODEL, replicas)
         self.supervisor = Supervisor(
-            self.engine, replicas, self.start, desired, lambda: dict(self.free)
+            self.engine, replicas, self.start, desired, lambda: dict(self.free), max_replicas=3
         )
+        self.gate = asyncio.Event()
+        """Groups start while it is set."""
+        self.gate.set()
 
     async def start(self, index: int, epoch: int, tp: int | None = None) -> ReplicaHandle:
         self.log.append(f"start {index} epoch {epoch} tp {tp}")
+        await self.gate.wait()
         if self.failure is not None:
             raise self.failure
         if self.takes_all:
@@ -308,3 +314,63 @@ def test_a_successor_that_is_lost_before_it_is_taken_in_is_replaced_as_well() ->
         assert (await running)[-1].finish is FinishReason.LENGTH
 
     play(scene)
+
+
+READY = ("ready", 1, "")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_replicas_leave_while_one_restarts(lost: int) -> None:
+    """Whether that one is to leave or to stay, its streams and the others' go on."""
+
+    async def scene(world: World) -> None:
+        running = [world.ask(f"r{number}", 9) for number in range(4)]
+        await until(lambda: sum(len(item.requests) for item in world.replicas.values()) == 4)
+        world.gate.clear()
+        world.replicas[lost].die(GroupLost("rank 0: gone"))
+        await until(lambda: len(world.log) == 3)
+        assert world.supervisor.scale(1) == 2
+        await asyncio.sleep(0.05)
+        assert len(world.states()) == 2 and world.engine.serving
+        world.gate.set()
+        await until(lambda: world.states() == [READY])
+        await until(lambda: len(world.replicas[0].requests) >= 4)
+        world.engine.lost(world.replicas[1].handle, GroupLost("said late"))
+        for request in world.replicas[0].requests[-4:]:
+            world.replicas[0].finish(request)
+        answers = await asyncio.gather(*running)
+        assert [events[-1].finish for events in answers] == [FinishReason.LENGTH] * 4
+
+    play(scene, replicas=2)
+
+
+def test_a_replica_is_lost_while_it_leaves() -> None:
+    async def scene(world: World) -> None:
+        running = [world.ask(f"r{number}", 9) for number in range(2)]
+        await until(lambda: sum(len(item.requests) for item in world.replicas.values()) == 2)
+        world.supervisor.scale(1)
+        await asyncio.sleep(0)
+        world.replicas[1].die(GroupLost("rank 0: gone"))
+        await until(lambda: world.states() == [READY])
+        await until(lambda: len(world.replicas[0].requests) >= 2)
+        assert not any(line.startswith("start 1 epoch 3") for line in world.log)
+        for request in world.replicas[0].requests[-2:]:
+            world.replicas[0].finish(request)
+        await asyncio.gather(*running)
+
+    play(scene, replicas=2)
+
+
+def test_replicas_join_while_one_fails() -> None:
+    async def scene(world: World) -> None:
+        world.failure = GroupLost("a rank did not start")
+        world.replicas[1].die(GroupLost("rank 0: gone"))
+        await until(lambda: len(world.log) >= 4)
+        assert world.supervisor.scale(3) == 2
+        await until(lambda: any(line.startswith("start 2") for line in world.log))
+        assert world.engine.serving, "the one that runs is left alone"
+        world.failure = None
+        await until(lambda: world.states() == [READY] * 3)
+        assert sum(line.startswith("start 0") for line in world.log) == 1
+
+    play(scene, replicas=2)

@@ -276,8 +276,9 @@ class StepLoop:
         """Whether the last plan admitted somebody."""
 
     def add(self, request_id: str, prompt: list[int], *, n: int = 1, **given: object) -> None:
-        """Add a request; `tenant` and `deadline` as given, the rest are sampling parameters."""
+        """Add a request; tenant, deadline and priority as given, the rest are sampling parameters."""
         tenant, deadline = given.pop("tenant", "default"), given.pop("deadline", None)
+        priority = given.pop("priority", 0)
         given.setdefault("seed", len(self.streams) + 1)
         params = SamplingParams(n=n, **given)
         group = [
@@ -289,6 +290,7 @@ class StepLoop:
                 tenant=str(tenant),
                 arrival=self.now,
                 deadline=deadline,
+                priority=priority,
             )
             for index in range(n)
         ]

@@ -95,3 +95,48 @@ def test_little_is_recomputed_under_pressure(make_loop: LoopFactory, prefix_cach
     assert loop.scheduler.stats().preemptions > 0
     needed = 32 * (16 + 240 - 1)
     assert sum(loop.rank.computed.values()) <= 1.15 * needed
+
+
+def lost(loop: Any) -> list[str]:
+    """Who loses blocks, in order, until all is done."""
+    names = {stream.request.params.seed: name for (name, _), stream in loop.streams.items()}
+    found: list[str] = []
+    running: set[int] = set()
+    while loop.scheduler.has_work:
+        before = loop.scheduler.stats().preemptions
+        plan = loop.step()
+        now = {state.new.params.seed for state in loop.rank.sequences.values()}
+        if plan is not None and loop.scheduler.stats().preemptions > before:
+            ended = {s.request.params.seed for s in loop.streams.values() if s.finish is not None}
+            found += [names[seed] for seed in sorted(running - now - ended)]
+        running = now
+    loop.check_idle()
+    return found
+
+
+TIGHT = {"num_blocks": 9, "block_size": 2, "prefix_caching": False, "reserve_tokens": 1}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_least_urgent_gives_way_first_wherever_it_stands(
+    make_loop: LoopFactory, place: int
+) -> None:
+    found = []
+    for _ in range(2):
+        loop = make_loop(**TIGHT)
+        loop._check_streams = lambda plan: None
+        for index in range(3):
+            priority = 5 if index == place else 0
+            loop.add(f"r{index}", [1, 1], max_tokens=8, ignore_eos=True, priority=priority)
+        found.append(lost(loop))
+    assert found[0] == found[1] and found[0][0] == f"r{place}"
+
+
+def test_who_runs_more_than_its_share_gives_way_first(make_loop: LoopFactory) -> None:
+    loop = make_loop(**TIGHT)
+    for index, tenant in enumerate(["many", "many", "one"]):
+        # a priority is worth nothing between tenants
+        priority = 9 if tenant == "one" else 0
+        loop.add(f"{tenant}{index}", [1, 1], max_tokens=8, ignore_eos=True, tenant=tenant,
+                 priority=priority)  # fmt: skip
+    assert lost(loop)[0] == "many1"
