@@ -13,7 +13,8 @@ from .pending import PendingStep
 
 
 class FailingEngine(Engine):
-    """Fails before a step, and at a token of a new sequence; says which process it is."""
+    """Fails before a step, and at a token of a new sequence; says which process it is, and which
+    steps it has executed."""
 
     points: Failpoints
     name: str
@@ -30,4 +31,6 @@ class FailingEngine(Engine):
         poison = self.points.armed("poison")
         if poison is not None and any(poison.token in new.token_ids for new in plan.new):
             self.points.hit("poison")
-        return super().launch(plan)
+        step = super().launch(plan)
+        self.points.count(f"steps-{self.name}", plan.step)
+        return step
