@@ -23,6 +23,9 @@ NAMESPACE = "phalanx"
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
 PROBE_S = 5.0
+GCS_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""For so long a process goes on without Ray's GCS, which steps do not need. An embedded one does not
+come back: there it stays at Ray's minute, after which this process ends, and may start again."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -62,7 +65,8 @@ class RayCluster:
             return
         _check_answers(address)
         try:
-            ray.init(address=address, **common)
+            with _environment(GCS_AWAY, os.environ.get(GCS_AWAY, "3600")):
+                ray.init(address=address, **common)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"ray_address is {address!r}, no Ray cluster answers there; one with token "
@@ -111,14 +115,23 @@ class RayCluster:
 def _loopback_alone() -> Iterator[None]:
     """What Ray starts listens on the loopback address. It would take the machine's own one for that,
     but where it makes no clusters of several machines: on Windows and macOS, or when told so."""
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    known, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    known = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ[name] = "0"
+    try:
+        with _environment(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """What this process and those that it starts find there meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = known
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before

@@ -214,7 +214,8 @@ class RayFleet(ExchangingFleet):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
         if self._group is not None and ray.is_initialized():
-            remove_placement_group(self._group)
+            with contextlib.suppress(RayError):  # a GCS that does not know us any more
+                remove_placement_group(self._group)
         self._group, self._actors, self._runs = None, [], []
 
     @property

@@ -22,6 +22,8 @@ from phalanx.controller.client import AsyncClient
 LOAD = Load(8, 48)
 TOPOLOGY = Topology(flags=("--collectives", "gloo", "--start-timeout-s", "20"))
 AWAY_S = 10.0
+LONG_S = 75.0
+"""Longer than Ray's processes wait by themselves."""
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +51,16 @@ async def keep_asking(
     return records
 
 
-async def killed(server: OwnHead, name: str) -> Outcome:
+async def killed(server: OwnHead, name: str, away_s: float) -> Outcome:
     """Streams run while the GCS is away, and for a while after."""
     asks, reference = server.known  # type: ignore[attr-defined]
     line, over = len(server.said), asyncio.Event()
-    outcome = Outcome("11 away", 11, 0, 0, [])
+    outcome = Outcome(f"11 away-{away_s:.0f}-s", 11, 0, 0, [])
     async with AsyncClient(server.address, timeout=300) as client:
         asking = asyncio.create_task(keep_asking(client, asks, name, over))
         await asyncio.sleep(2)
         await asyncio.to_thread(server.kill_gcs)
-        await asyncio.sleep(AWAY_S)
+        await asyncio.sleep(away_s)
         await asyncio.to_thread(server.start_gcs)
         await asyncio.sleep(AWAY_S / 2)
         over.set()
@@ -105,10 +107,11 @@ async def lost_rank(server: OwnHead, name: str, away: bool) -> tuple[Outcome, fl
 @pytest.mark.bar(11)
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("away_s", [AWAY_S, LONG_S])
 def test_streams_do_not_notice_that_the_gcs_is_away(
-    own_head: OwnHead, report: Any, clusters: Any
+    own_head: OwnHead, report: Any, clusters: Any, away_s: float
 ) -> None:
-    outcome = asyncio.run(killed(own_head, clusters.name()))
+    outcome = asyncio.run(killed(own_head, clusters.name(), away_s))
     report.add(outcome)
     print(f"{outcome.streams} streams, longest pause {max(outcome.gaps_s):.2f} s")
     assert outcome.faults == [], own_head.said[-20:]

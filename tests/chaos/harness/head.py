@@ -47,6 +47,8 @@ class OwnHead(Server):
         self._storage = {
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(folder / "gcs"),
+            # for so long raylet and ranks go on without it
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
             "PHALANX_FAILPOINTS": str(self.points),
         }
         self._gcs: tuple[list[str], dict[str, str]] | None = None
