@@ -14,7 +14,8 @@ from rich.console import Console
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.failpoints import Failpoints, failpoints
 
-from .cluster.ray_fleet import Device, RayCluster, RayFleet, ray_fleet, strategy
+from .cluster.ray_cluster import Device, RayCluster
+from .cluster.ray_fleet import RayFleet, ray_fleet, strategy
 from .cluster.recovery import Desired
 from .cluster.sizing import plan_unplaced
 from .cluster.spares import SparePool
@@ -202,9 +203,10 @@ async def _start_replicas(
         copy_prefixes=config.copy_prefixes,
         on_move=metrics.on_move,
     )
-    spares = SparePool(lambda: ray_fleet(config, device), served.checkpoint)
+    make_fleet = functools.partial(ray_fleet, gone=ray.watch.gone)
+    spares = SparePool(lambda: make_fleet(config, device), served.checkpoint)
     starter = ReplicaStarter(
-        *(config, served, device, engine, observer, progress, ray_fleet, _taker(spares), tenants),
+        *(config, served, device, engine, observer, progress, make_fleet, _taker(spares), tenants),
         trace_step=None if config.trace_endpoint is None else trace_step,
     )
     points = failpoints()

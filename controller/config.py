@@ -55,7 +55,7 @@ class ClusterConfig:
         group="Advanced",
     )
     shrink_after_s: float = option(
-        30.0,
+        10.0,
         "Seconds that places must be gone before a replica goes on smaller.",
         low=0,
         high=86400,

@@ -67,6 +67,11 @@ class Failpoints:
         """Leave word for the tests: a file of this name."""
         (self._folder / name).write_text(text, encoding="utf-8")
 
+    def count(self, name: str, number: int) -> None:
+        """Leave one more number for the tests, in a file of this name."""
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(f"{number}\n")
+
     def armed(self, name: str) -> Armed | None:
         """What the point would do."""
         try:

@@ -13,7 +13,8 @@ from .pending import PendingStep
 
 
 class FailingEngine(Engine):
-    """Fails before a step, and at a token of a new sequence's prompt; says which process it is."""
+    """Fails before a step, and at a token of a new sequence's prompt; says which process it is, and
+    which steps it has executed."""
 
     points: Failpoints
     name: str
@@ -31,4 +32,6 @@ class FailingEngine(Engine):
         prompts = (new.token_ids[: new.num_prompt] for new in plan.new)
         if poison is not None and any(poison.token in prompt for prompt in prompts):
             self.points.hit("poison")
-        return super().launch(plan)
+        step = super().launch(plan)
+        self.points.count(f"steps-{self.name}", plan.step)
+        return step

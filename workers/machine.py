@@ -51,8 +51,19 @@ def fast_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
 
 
 def shared_memory_works() -> bool:
-    """Ordered stores and a place for the segment: what `shared_memory.py` needs."""
-    return platform.machine() in ("x86_64", "AMD64") and os.path.isdir("/dev/shm")
+    """Ordered stores and a place for files without names: what `shared_memory.py` needs."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        with open("/dev/shm", opener=_nameless) as file:
+            os.close(os.open(f"/proc/{os.getpid()}/fd/{file.fileno()}", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def _nameless(path: str, flags: int) -> int:
+    return os.open(path, os.O_TMPFILE | os.O_RDWR, 0o600)
 
 
 def interface_of(address: str) -> str:

@@ -12,11 +12,9 @@ need not, so groups there use gloo.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -38,9 +36,10 @@ def supported() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and os.path.isdir(FOLDER)
 
 
-def _create(path: str, length: int) -> int:
-    """A new file of `length` bytes, all of them reserved; returns its descriptor."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+def _create(length: int) -> int:
+    """A new file of `length` bytes, all of them reserved; returns its descriptor. It has no name,
+    so nothing stays behind however its users end."""
+    handle = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(handle, 0, length)
     except OSError as error:
@@ -82,25 +81,23 @@ class SharedMemoryRank:
     ) -> SharedMemoryRank:
         """Open the group's segment.
 
-        `exchange` broadcasts rank 0's bytes (others' argument is ignored). The file is unlinked
-        as soon as all have it open, so that nothing stays behind however the ranks end. Raises
-        `ConfigError` where shared memory has no room for the segment.
+        `exchange` broadcasts rank 0's bytes (others' argument is ignored): where the file is among
+        rank 0's open ones, which has it open until all have. Raises `ConfigError` where shared
+        memory has no room for the segment.
         """
         slot_bytes = -(-slot_bytes // LINE) * LINE
         length = size * LINE + 2 * size * slot_bytes
-        path = f"{FOLDER}/phalanx-{secrets.token_hex(8)}"
+        handle = _create(length) if rank == 0 else -1
+        path = f"/proc/{os.getpid()}/fd/{handle}"
         try:
-            handle = _create(path, length) if rank == 0 else -1
             told = exchange(path.encode() if rank == 0 else b"").decode()
             if rank != 0:
                 handle = os.open(told, os.O_RDWR)
             segment = mmap.mmap(handle, length)
-            os.close(handle)
             barrier()
         finally:
-            if rank == 0:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            if handle >= 0:
+                os.close(handle)
         return cls(rank, size, segment, slot_bytes, timeout)
 
     @property

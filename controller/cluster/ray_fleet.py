@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
-from collections.abc import Sequence
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
-from ray._private import state
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    NODE_ID_LABEL_KEY,
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from phalanx.controller.config import ClusterConfig
@@ -26,86 +28,17 @@ from .deaths import oom_kills, starved
 from .exchanging import ExchangingFleet
 from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
+from .ray_cluster import LOOPBACK, Device
 
-NAMESPACE = "phalanx"
-LOOPBACK = "127.0.0.1"
-OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
 MIN_CALL_S = 10.0
-PROBE_S = 5.0
 STANDS_S = 2.0
 REASON_S = 0.3  # Ray learns of a death about as fast as our socket does
 REASON_CHARS = 300
+LOOK_S = 1.0
+"""Between two looks at whether nodes went while Ray waits for them."""
 
-Device = Literal["cpu", "cuda"]
-
-
-class RayCluster:
-    """Our connection to Ray: an embedded instance, or a cluster that runs already."""
-
-    def __init__(self, address: str | None, ranks: int, *, verbose: bool = False) -> None:
-        """Connect. ranks: how many an embedded instance must have room for. Raises
-        `ConfigError` when there is no cluster at `address`."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        common: dict[str, Any] = {
-            "namespace": NAMESPACE,
-            "logging_level": "INFO" if verbose else "ERROR",
-            "log_to_driver": verbose,
-        }
-        if address is None:
-            ray.init(
-                # without this, another cluster of the machine or RAY_ADDRESS would be joined
-                "local",
-                **common,
-                # ranks are counted, not cores: they share the cores by setting their threads
-                num_cpus=max(ranks, os.cpu_count() or 1),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,
-                # Ray would run ranks below every other process of the machine
-                _system_config={"worker_niceness": 0},
-            )
-            return
-        _check_answers(address)
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"ray_address is {address!r}, no Ray cluster answers there; one with token "
-                "authentication wants RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or "
-                "~/.ray/auth_token"
-            ) from error
-
-    def device(self, wanted: str, ranks: int) -> Device:
-        """Where ranks compute: "auto" takes GPUs when there is one for each rank."""
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if wanted == "cuda" and gpus < ranks:
-            raise ConfigError(f"device is 'cuda' for {ranks} ranks, the cluster has {gpus} GPUs")
-        return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= ranks) else "cpu"
-
-    def free(self, device: Device) -> dict[str, int]:
-        """Ranks that each live node could take now."""
-        wanted = ("CPU", "GPU") if device == "cuda" else ("CPU",)
-        try:
-            nodes = state.available_resources_per_node()
-            return {
-                node: int(min(resources.get(name, 0.0) for name in wanted))
-                for node, resources in nodes.items()
-            }
-        except RayError as error:
-            raise GroupLost(f"Ray does not say what is free: {type(error).__name__}") from error
-
-    def ask_for(self, ranks: int, device: Device) -> None:
-        """Tell the cluster's autoscaler, where it has one, that it shall have room for so many ranks
-        in all, the server's own included. Raises `GroupLost` when Ray does not answer."""
-        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
-        try:
-            request_resources(bundles=[bundle] * ranks)
-        except (RayError, RuntimeError, ConnectionError) as error:
-            raise GroupLost(f"Ray's autoscaler cannot be told: {type(error).__name__}") from error
-
-    def close(self) -> None:
-        """Disconnect; an embedded instance ends."""
-        ray.shutdown()
+Gone = Callable[[], frozenset[str]]
+"""Nodes that Ray takes for alive and that are not; see `ray_nodes.NodeWatch`."""
 
 
 class RayFleet(ExchangingFleet):
@@ -127,14 +60,16 @@ class RayFleet(ExchangingFleet):
         start_timeout_s: float,
         step_timeout_s: float,
         silence_timeout_s: float,
+        gone: Gone = frozenset,
     ) -> None:
         """threads: CPU threads of a rank; None divides a node's cores by the ranks that it may
-        get, `replicas` times those of this fleet."""
+        get, `replicas` times those of this fleet. gone: nodes to keep away from."""
         self._tp_size, self._pp_size, self._device = tp_size, pp_size, device
         self._placement = strategy(placement, pp_size)
         self._collectives, self._threads, self._replicas = collectives, threads, replicas
         self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
         self._silence_timeout_s = silence_timeout_s
+        self._gone, self._shunned = gone, frozenset[str]()
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._runs: list[ray.ObjectRef[None]] = []
@@ -152,20 +87,37 @@ class RayFleet(ExchangingFleet):
         if self._pp_size > 1:
             stage = {name: amount * self._tp_size for name, amount in each.items()}
             bundles = [stage] * self._pp_size
-        group = self._group = placement_group(bundles, strategy=self._placement)
-        if not group.wait(self._start_timeout_s):
-            self.stop()
-            raise NoPlace(
-                f"{self._shape} with placement {self._placement}: no such place became "
-                f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
-                f"{_resources(ray.available_resources())} free"
-            )
+        group = self._place(bundles)
         gpus = 1 if self._device == "cuda" else 0
         for rank in range(self._num_ranks):
             index = rank if self._pp_size == 1 else rank // self._tp_size
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             self._actors.append(rank_actor(rank, place, num_cpus=1, num_gpus=gpus))
         return self._look_around()
+
+    def _place(self, bundles: list[dict[str, float]]) -> PlacementGroup:
+        """Bundles on nodes that answer. Raises `NoPlace`."""
+        self._shunned = self._gone()
+        elsewhere = {NODE_ID_LABEL_KEY: f"!in({','.join(sorted(self._shunned))})"}
+        group = self._group = placement_group(
+            bundles,
+            strategy=self._placement,
+            bundle_label_selector=[elsewhere] * len(bundles) if self._shunned else None,
+        )
+        shape = f"{self._shape} with placement {self._placement}"
+        deadline = time.monotonic() + self._start_timeout_s
+        while not group.wait(max(min(deadline - time.monotonic(), LOOK_S), 0)):
+            if self._gone() - self._shunned:
+                self.stop()
+                raise NoPlace(f"{shape}: a node went while places were looked for")
+            if time.monotonic() >= deadline:
+                self.stop()
+                raise NoPlace(
+                    f"{shape}: no such place became "
+                    f"free in the Ray cluster within {self._start_timeout_s:g} s; it has "
+                    f"{_resources(ray.available_resources())} free"
+                )
+        return group
 
     def _look_around(self) -> list[NodeFacts]:
         self._nodes = self._call([actor.facts.remote() for actor in self._actors])
@@ -262,7 +214,8 @@ class RayFleet(ExchangingFleet):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
         if self._group is not None and ray.is_initialized():
-            remove_placement_group(self._group)
+            with contextlib.suppress(RayError):  # a GCS that does not know us any more
+                remove_placement_group(self._group)
         self._group, self._actors, self._runs = None, [], []
 
     @property
@@ -309,9 +262,15 @@ class RayFleet(ExchangingFleet):
         return self._collectives
 
     def _call(self, references: Sequence[Any]) -> list[Any]:
-        """Results of actor calls; a dead actor is a `GroupLost`."""
+        """Results of actor calls; a dead actor, or node, is a `GroupLost`."""
+        deadline = time.monotonic() + max(self._start_timeout_s, MIN_CALL_S)
+        wanted = list(references)
         try:
-            return list(ray.get(list(references), timeout=max(self._start_timeout_s, MIN_CALL_S)))
+            while (left := deadline - time.monotonic()) > 0:
+                done, _ = ray.wait(wanted, num_returns=len(wanted), timeout=min(left, LOOK_S))
+                if len(done) == len(wanted) or self._gone() - self._shunned:
+                    break
+            return list(ray.get(wanted, timeout=0.0))
         except RayError as error:
             self.stop()
             raise GroupLost(f"a rank did not start: {type(error).__name__}") from error
@@ -364,8 +323,8 @@ def strategy(placement: str, pp_size: int) -> str:
     return "STRICT_PACK" if pp_size == 1 else "SPREAD"
 
 
-def ray_fleet(config: ClusterConfig, device: Device) -> RayFleet:
-    """A fleet as the configuration has it."""
+def ray_fleet(config: ClusterConfig, device: Device, gone: Gone = frozenset) -> RayFleet:
+    """A fleet as the configuration has it. gone: see `RayFleet`."""
     return RayFleet(
         config.tp,
         config.pp,
@@ -377,20 +336,8 @@ def ray_fleet(config: ClusterConfig, device: Device) -> RayFleet:
         start_timeout_s=config.start_timeout_s,
         step_timeout_s=config.step_timeout_s,
         silence_timeout_s=config.silence_timeout_s,
+        gone=gone,
     )
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself tries for minutes to reach a cluster that is not there."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # "auto" or a name that Ray resolves
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"ray_address is {address!r}, nothing listens there: {error.strerror or 'no answer'}"
-        ) from None
 
 
 def _resources(amounts: dict[str, float]) -> str:

@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from phalanx.protos.errors import GroupLost
 
-from .ray_fleet import LOOPBACK, RayCluster, rank_actor
+from .ray_cluster import LOOPBACK, RayCluster
+from .ray_fleet import rank_actor
 
 TIMEOUT_S = 120.0
 

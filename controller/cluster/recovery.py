@@ -36,7 +36,7 @@ class Desired:
     pp: int = 1
     min_tp: int = 1
     placement: str = "STRICT_PACK"
-    shrink_after_s: float = 30.0
+    shrink_after_s: float = 10.0
     """Places must be missing for so long before a replica starts smaller."""
     generation: int = 0
     """Replicas of an earlier one are to be replaced: a rolling restart."""

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from phalanx.controller.benchmark.report import date_now, machine_facts, software_versions
-from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
+from phalanx.controller.cluster.ray_cluster import RayCluster
+from phalanx.controller.cluster.ray_fleet import ray_fleet
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.engine import AsyncEngine
 from phalanx.controller.kvcache.prefix import PrefixNaming

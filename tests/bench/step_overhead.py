@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phalanx.controller.cluster.ray_fleet import RayCluster, ray_fleet
+from phalanx.controller.cluster.ray_cluster import RayCluster
+from phalanx.controller.cluster.ray_fleet import ray_fleet
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.garbage import settle
 from phalanx.controller.handle import ReplicaHandle

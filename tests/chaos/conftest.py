@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness.history import Answer, reference_of
+from harness.history import Answer, judge, reference_of
 from harness.load import Ask, mixed
 from harness.report import Report
 from harness.running import undisturbed
@@ -126,11 +126,11 @@ class Clusters:
         server, self._server = self._server, None
         try:
             server.stop()
-            left = server.gone()
+            faults = judge([], remains=server.remains())
         finally:
             with contextlib.suppress(Exception):
                 server.sweep()
-        assert left == (), left
+        assert faults == [], faults
 
 
 @pytest.fixture(scope="package")

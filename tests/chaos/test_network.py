@@ -1,10 +1,14 @@
-"""Two nodes and the cable between them: tests 10, 16 and 17."""
+"""Two nodes and the cable between them: tests 10, 16, 17 and 18."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import os
 import random
 import re
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +17,7 @@ import psutil
 import pytest
 from harness import nodes
 from harness.history import judge
+from harness.line import Line, Tally, carry
 from harness.load import Reading, begin
 from harness.nodes import TwoNodes
 from harness.running import LOST, Outcome, idle
@@ -24,6 +29,7 @@ from phalanx.controller.client import AsyncClient
 LOAD = Load(16, 48)
 TOPOLOGY = Topology(flags=("--collectives", "gloo", "--start-timeout-s", "20"))
 CUT_S = 8.0
+BAD_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,23 @@ def hurt(server: TwoNodes, how: str) -> None:
         server.cable.drop(*{"both-ways": "ab", "to-the-node": "a", "from-the-node": "b"}[how])
 
 
+async def whole(client: AsyncClient, timeout_s: float = 120) -> None:
+    """Wait until the group has a rank on each node: an earlier test may have left a smaller one."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            [replica] = (await client.cluster_state()).replicas
+            if replica.state == "ready" and replica.tp == replica.tp_desired:
+                return
+            await asyncio.sleep(0.1)
+
+
 async def cut(server: TwoNodes, how: str, share: float, name: str) -> Outcome:
     """Streams run, the cable is harmed for a while; it heals, and they go on where they stood."""
     asks, reference = server.known  # type: ignore[attr-defined]
     total = sum(len(tokens) for answer in reference.values() for tokens, _ in answer.values())
     line = len(server.said)
     async with AsyncClient(server.address, timeout=900) as client:
+        await whole(client)
         reading: Reading = begin(client, asks, name)
         await reading.reach(int(share * total))
         assert not reading.done
@@ -99,17 +116,66 @@ def test_streams_outlive_a_cable(
 @pytest.mark.bar(18)
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_bad_line_is_no_death(two_nodes: TwoNodes, clusters: Any) -> None:
-    """50 ms of delay, a twentieth of the packets lost, some out of order."""
-    if why := two_nodes.cable.spoil():
-        pytest.skip(why)
+def test_a_bad_line_is_no_death(two_nodes: TwoNodes, clusters: Any, seed: int, report: Any) -> None:
+    """For a minute, 50 ms there and back, a twentieth of the packets lost each way, and some out
+    of order."""
     asks, reference = two_nodes.known  # type: ignore[attr-defined]
     line = len(two_nodes.said)
+    outcome = Outcome("18 bad-line", 18, seed, 0, [])
 
-    async def ask() -> None:
+    async def ask() -> Tally:
         async with AsyncClient(two_nodes.address, timeout=900) as client:
-            records = await begin(client, asks, clusters.name()).finish(600)
-            assert judge(records, reference, await idle(client)) == []
+            await whole(client)
+            await asyncio.to_thread(two_nodes.cable.spoil, Line(seed=seed))
+            ends, records = time.monotonic() + BAD_S, []
+            while time.monotonic() < ends:
+                records += await begin(client, asks, clusters.name()).finish(600)
+            tally = await asyncio.to_thread(two_nodes.cable.mend)
+            outcome.streams = len(records)
+            outcome.gaps_s = [record.longest_gap() for record in records]
+            outcome.faults = judge(records, reference, await idle(client))
+            return tally
 
-    asyncio.run(ask())
+    tally = asyncio.run(ask())
+    report.add(outcome)
+    print(f"18: {outcome.streams} streams, {tally}, pause {max(outcome.gaps_s):.1f} s at most")
+    assert outcome.faults == [], two_nodes.said[-20:]
     assert not [text for _, text in two_nodes.said[line:] if re.search(LOST, text)]
+    assert tally.passed > 500
+    assert 0.03 < tally.lost / (tally.passed + tally.lost) < 0.07
+    assert tally.overtaken > 20
+
+
+def test_a_line_is_as_bad_as_it_was_asked_to_be() -> None:
+    """Packets are datagrams here, and nothing else is played."""
+    ours, ends, tell = [], [], os.pipe()
+    for _ in range(2):
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        near.settimeout(1)
+        far.setblocking(False)
+        ours.append(near)
+        ends.append(far)
+    line = Line(delay_s=0.03, jitter_s=0.03, loss=0.25, hurry=0.1, seed=1)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        carrying = pool.submit(carry, (ends[0].fileno(), ends[1].fileno()), line, tell[0])
+        came: list[int] = []
+
+        def receive() -> None:
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    came.append(int.from_bytes(ours[1].recv(10), "big"))
+
+        receiving = pool.submit(receive)
+        for number in range(400):
+            ours[0].send(number.to_bytes(2, "big"))
+            time.sleep(0.0005)
+        receiving.result(30)
+        os.write(tell[1], b"!")
+        tally = carrying.result(10)
+    assert len(set(came)) == len(came) == tally.passed == 400 - tally.lost
+    assert 60 < tally.lost < 140
+    assert tally.overtaken == sum(a < max(came[:i], default=0) for i, a in enumerate(came)) > 20
+    for item in (*ours, *ends):
+        item.close()
+    for descriptor in tell:
+        os.close(descriptor)

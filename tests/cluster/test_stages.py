@@ -12,7 +12,8 @@ SCRIPT = """
 import os, sys, traceback
 import ray
 from ray.cluster_utils import Cluster
-from phalanx.controller.cluster.ray_fleet import RayCluster, RayFleet
+from phalanx.controller.cluster.ray_cluster import RayCluster
+from phalanx.controller.cluster.ray_fleet import RayFleet
 from phalanx.protos.errors import ConfigError
 
 os.environ["RAY_AUTH_MODE"] = "disabled"

@@ -1,25 +1,32 @@
 """Two Ray nodes, each in a network namespace of its own, with one cable between them.
 
 The cable can be cut, and packets can be lost on it without a word, one way or both: a node sends
-to a hardware address that nobody has. Nothing but `ip` is needed for that.
+to a hardware address that nobody has. Nothing but `ip` is needed for that. A bad line beside it
+(`line.py`) needs TUN devices as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
+from harness import line as line_script
+from harness.line import Line, Tally
 from harness.server import MARK, Server, Topology
 
 NOBODY = "02:00:00:00:00:99"
 PORT = 6379
+LINE = Path(line_script.__file__)
 OBJECT_STORE = 80 * 2**20
 
 
@@ -30,6 +37,8 @@ def permitted() -> str:
     if os.geteuid() != 0:
         return "network namespaces need root"
     name = f"phx{uuid.uuid4().hex[:6]}"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun is not here"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return "" if made.returncode == 0 else f"namespaces are refused: {made.stderr.strip()}"
@@ -51,6 +60,7 @@ class Cable:
         self.addresses = {"a": f"10.{number}.1.1", "b": f"10.{number}.1.2"}
         self.door = f"10.{number}.2.1"
         """Address of "a" for this namespace."""
+        self._line: subprocess.Popen[str] | None = None
         self._links = {side: f"px{tag}{side}" for side in "ab"}
         door = f"px{tag}d"
         for space in self.spaces.values():
@@ -83,19 +93,30 @@ class Cable:
                 space=self.spaces[side],
             )
 
-    def spoil(self) -> str:
-        """Delay, loss and reordering, until it is closed; why not, where the kernel has none."""
-        for side in "ab":
-            done = subprocess.run(
-                ["tc", "-n", self.spaces[side], "qdisc", "add", "dev", self._links[side], "root"]
-                + ["netem", "delay", "25ms", "5ms", "loss", "5%", "reorder", "5%"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode != 0:
-                return f"no netem here: {done.stderr.strip()}"
-        return ""
+    def spoil(self, line: Line) -> None:
+        """Whatever passes between both sides takes a bad line beside the cable, until `mend`."""
+        ends = {side: f"{self._links[side]}t" for side in "ab"}
+        words = [word for side in "ab" for word in (ends[side], self.spaces[side])]
+        words.append(json.dumps(asdict(line)))
+        self._line = subprocess.Popen(
+            [sys.executable, "-P", str(LINE), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line.stdout is not None
+        assert self._line.stdout.readline() == "up\n", "the bad line did not come up"
+        for side, other in ("ab", "ba"):
+            here, there = self.addresses[side], self.addresses[other]
+            route = ["route", "add", f"{there}/32", "dev", ends[side], "src", here]
+            ip(*route, space=self.spaces[side])
+
+    def mend(self) -> Tally:
+        """Away with the bad line; what it has done."""
+        assert self._line is not None
+        line, self._line = self._line, None
+        said, _ = line.communicate(timeout=30)  # its devices go, and their routes
+        return Tally(**json.loads(said))
 
     def heal(self) -> None:
         """As good as new."""
@@ -110,6 +131,8 @@ class Cable:
 
     def close(self) -> None:
         """Away with it."""
+        if self._line is not None:
+            self.mend()
         for space in self.spaces.values():
             ip("netns", "del", space, check=False)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from harness.history import Remains
 from phalanx.protos.failpoints import FLAG
 
 MARK = "PHALANX_CHAOS_MARK"
@@ -27,6 +28,7 @@ SERVE = "from phalanx.controller.cli import main; main()"
 GROUPS = Path("/sys/fs/cgroup/memory")
 START_S = 240.0
 END_S = 60.0
+RAYLET = re.compile(r"--raylet_socket_name=(.+)/raylet.*")
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -67,6 +69,8 @@ class Server:
         if "--kv-tokens" not in topology.flags:
             arguments += ["--kv-tokens", "8192"]
         self._arguments = [*arguments, *topology.flags]
+        self._segments = segments()
+        self._sockets: set[Path] = set()
         self._prefix: list[str] = []
         self._more: dict[str, str] = {}
 
@@ -104,6 +108,7 @@ class Server:
         if wait:
             self.wait_said(r"^ready on ", begun, START_S)
             self.wait_said(r"^try: ", begun, 30)
+            self.look_for_sockets()
             [line] = [text for _, text in self.said[begun:] if text.startswith("ready on ")]
             self.address = line.split()[2]
             self._port = self.address.rpartition(":")[2]
@@ -209,6 +214,21 @@ class Server:
                 names.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
         return tuple(names)
 
+    def look_for_sockets(self) -> None:
+        """Remember where its Ray nodes have their Unix sockets."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                for word in process.cmdline():
+                    if found := RAYLET.fullmatch(word):
+                        self._sockets.add(Path(found[1]))
+
+    def remains(self, timeout_s: float = 30.0) -> Remains:
+        """What is left so many seconds after its end."""
+        processes = self.gone(timeout_s)
+        sockets = [str(path) for folder in self._sockets for path in folder.glob("*")]
+        left = segments() - self._segments
+        return Remains(processes=processes, sockets=tuple(sockets), segments=tuple(left))
+
     def sweep(self) -> None:
         """End whatever is left of it."""
         for process in self.processes():
@@ -243,9 +263,9 @@ class Server:
         return sorted(found)
 
 
-def segments(prefix: str = "phalanx") -> set[str]:
-    """Names of our shared memory segments that are still in the file system."""
-    return {name for name in os.listdir("/dev/shm") if prefix in name}
+def segments() -> set[str]:
+    """Names of shared memory in the file system, ours and Ray's."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("phalanx", "plasma"))}
 
 
 def stopped(processes: Sequence[psutil.Process]) -> None:
