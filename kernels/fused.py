@@ -77,26 +77,48 @@ class BestOutput(PackedLinear, Protocol):
         (float32 [T]) before it is rounded: NaN where some output is not finite."""
 
 
+class NormWeights(NamedTuple):
+    """A norm of hidden states; without a weight it only norms."""
+
+    weight: Tensor | None  # [hidden]
+    bias: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PlainLayer:
-    """h += output(attention(rope(qkv(norm(h))))); h += down(silu(gate) * up of gate_up(norm(h))).
+    """Attention a and feed-forward block m around the residual h; norms that are None are left out:
 
-    Norms are RMS norms. `qkv` gives [query | key | value] heads, `gate_up` [gate | up]; the rows
-    of `output` and `down` are sums over the ranks. With query and key norms [D], heads are
-    normed before they are rotated.
+        h += attention_norm(a(input_norm(h)));  h += mlp_norm(m(post_norm(h)))
+
+    in a parallel stack h += a(input_norm(h)) + m(post_norm(h)), m's norm being a's where it has none.
+
+    `qkv` gives [query | key | value] heads, `up` what is activated, [gate | up] in a gated block; the
+    rows of `output` and `down` are sums over the ranks. `rotation` says by which of a step's angles
+    heads are turned, if they are; before that, with query and key norms, they are normed.
     """
 
-    input_norm: Tensor
+    input_norm: NormWeights | None
     qkv: PackedLinear
     attention: AttentionSpec
     output: PackedLinear
-    post_norm: Tensor
-    gate_up: PackedLinear
+    attention_norm: NormWeights | None = None
+    post_norm: NormWeights | None
+    up: PackedLinear
     down: PackedLinear
+    mlp_norm: NormWeights | None = None
     key_pool: Tensor
     value_pool: Tensor
-    query_norm: Tensor | None = None
-    key_norm: Tensor | None = None
+    query_norm: Tensor | None = None  # [D], or [H, D]
+    key_norm: Tensor | None = None  # [D], or [K, D]
+    rotation: int | None = 0
+
+
+class HeadWidth(NamedTuple):
+    """Of a norm over all heads of all ranks together."""
+
+    query: int  # elements
+    key: int
+    counts_keys: bool  # of the ranks that share a key/value head, one counts it
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -107,7 +129,7 @@ class PlainStack:
     """
 
     layers: Sequence[PlainLayer]
-    final_norm: Tensor | None
+    final_norm: NormWeights | None
     norm_eps: float
     norm_offset: float
     hidden_size: int
@@ -115,6 +137,16 @@ class PlainStack:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    norm: str = "rms"  # or "layer"
+    parallel: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    residual_scale: float = 1.0
+    """Of all that is added to h."""
+    clip: float = 0.0
+    """Queries, keys and values are clamped to it; 0 = not."""
+    head_width: HeadWidth | None = None
+    """Query and key norms are one over all heads, not one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +187,17 @@ class StackProgram(Protocol):
     def __call__(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],
         slots: Tensor,
         plan: AttentionPlan,
         rows: Tensor,
     ) -> Tensor:
-        """x [T, hidden] -> normed hidden states of `rows` (int64), [rows, hidden].
+        """x [T, hidden] -> normed hidden states of `rows` (int64, each once), [rows, hidden].
 
         x: embeddings, or what the stack before has answered. Without a final norm the answer is
         not normed and float32, so that stacks that follow one another compute what one would.
-        cos, sin [T, rotary / 2]; slots int64 [T]. Raises `PeerLost`.
+        angles: pairs of cos, sin [T, rotary / 2], which layers choose from; slots int64 [T]. Raises
+        `PeerLost`.
         """
 
 

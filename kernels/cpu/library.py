@@ -14,8 +14,14 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8 = 2
 POOL_TYPES = TYPES | {torch.int8: INT8}
 """And those of KV pools."""
-PANELS = 3
-"""What it calls a bfloat16 pool in panels (native/panels.inl)."""
+PANELS, BYTE_PANELS = 3, 4
+"""What it calls pools in panels: of bfloat16 (native/panels.inl), of int8 (byte_panels.inl)."""
+
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3, "relu": 4, "relu2": 5}
+"""`Activation` of native/common.h."""
+MOST_ANGLES = 2
+"""Paces at which the layers of a stack may rotate."""
 
 
 class Spans(ctypes.Structure):
@@ -38,6 +44,7 @@ class Attention(ctypes.Structure):
         ("query", c_void_p),
         ("output", c_void_p),
         ("query_stride", c_int64),
+        ("output_stride", c_int64),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
@@ -56,23 +63,32 @@ class Attention(ctypes.Structure):
     ]
 
 
+class NormWeights(ctypes.Structure):
+    """`Norm` of native/decoder.h."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
 class Layer(ctypes.Structure):
     """`Layer` of native/decoder.h."""
 
     _fields_ = [
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
+        ("input", NormWeights),
+        ("behind_attention", NormWeights),
+        ("post", NormWeights),
+        ("behind_mlp", NormWeights),
+        ("query", NormWeights),
+        ("key", NormWeights),
         ("qkv", c_void_p),
         ("output", c_void_p),
-        ("gate_up", c_void_p),
+        ("up", c_void_p),
         ("down", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("window", c_int64),
         ("slopes", c_void_p),
         ("sinks", c_void_p),
+        ("turning", c_int32),
     ]
 
 
@@ -94,8 +110,19 @@ class Stack(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("eps", c_float),
+        ("residual_scale", c_float),
+        ("clip", c_float),
+        ("layer_norm", c_int32),
+        ("parallel", c_int32),
+        ("gated", c_int32),
+        ("activation", c_int32),
+        ("head_norm_stride", c_int64),
+        ("over_width", c_int32),
+        ("counts_keys", c_int32),
+        ("query_width", c_int64),
+        ("key_width", c_int64),
         ("layers", c_void_p),
-        ("final_norm", c_void_p),
+        ("final_norm", NormWeights),
     ]
 
 
@@ -111,6 +138,12 @@ class Segment(ctypes.Structure):
     ]
 
 
+class Angles(ctypes.Structure):
+    """`Angles` of native/decoder.h."""
+
+    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("half", c_int64)]
+
+
 class Step(ctypes.Structure):
     """`Step` of native/decoder.h."""
 
@@ -118,20 +151,19 @@ class Step(ctypes.Structure):
         ("tokens", c_int64),
         ("x", c_void_p),
         ("x_type", c_int32),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("half", c_int64),
+        ("angles", Angles * MOST_ANGLES),
         ("slots", c_void_p),
         ("spans", c_void_p),
         ("rows", c_void_p),
         ("num_rows", c_int64),
         ("hidden", c_void_p),
         ("delta", c_void_p),
+        ("squares", c_void_p),
         ("memory", c_void_p),
     ]
 
 
-INTERFACE = 2
+INTERFACE = 3
 """Counts changes of what crosses the interface; the library has the same number (native/api.cpp)."""
 MOST_GROUP, MOST_DIM, MOST_RANKS = 256, 1024, 64
 """Query heads that share a kv head, head dimension, ranks: kMostGroup, kMostDim, kMostRanks."""
@@ -146,7 +178,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_matmul": (None, [_P, _P, _P, _T, _L, _P, _T]),
     "phx_best": (None, [_P, _P, _P, _T, _L, _P, _P]),
     "phx_rms_norm": (None, [_P, _P, _P, _P, _T, c_float, c_float, _L, _L, _P]),
-    "phx_silu_mul": (None, [_P, _P, _T, _L, _L, _P]),
+    "phx_activate": (None, [_P, _P, _T, _T, _T, _L, _L, _P]),
     "phx_rope": (None, [_P, _P, _L, _P, _P, _T, _L, _L, _L, _L, _P]),
     "phx_store": (None, [_P, _P, _L, _T, _P, _T, _L, _L, _T, _P, _L, _L, _L]),
     "phx_attention": (None, [_P, POINTER(Attention), POINTER(Spans)]),

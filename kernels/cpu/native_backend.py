@@ -17,7 +17,7 @@ from phalanx.kernels.fused import PlainStack, Reduction, StackProgram
 from phalanx.kernels.interface import AttentionPlan, AttentionSpec, PackedLinear, SequenceSpan
 
 from .backend import CpuBackend
-from .library import MOST_GROUP, TYPES, Attention, load_library
+from .library import ACTIVATIONS, MOST_GROUP, TYPES, Attention, load_library
 from .linear import NativeInt8Linear, NativeLinear
 from .panels import as_panels, block_tokens, from_panels, in_panels, pool_type, row_width
 from .spans import NativePlan
@@ -119,11 +119,33 @@ class NativeBackend(CpuBackend):
         """One pass."""
         if gate_up.dtype not in TYPES:
             return super().silu_mul(gate_up)
-        gate_up = gate_up.contiguous()
-        rows, size = len(gate_up), gate_up.shape[-1] // 2
-        output = gate_up.new_empty(rows, size)
-        self.library.phx_silu_mul(
-            self.handle, gate_up.data_ptr(), TYPES[gate_up.dtype], rows, size, output.data_ptr()
+        return self._activated(gate_up, "silu", gated=True)
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """One pass."""
+        if gate_up.dtype not in TYPES:
+            return super().gated(gate_up, activation)
+        return self._activated(gate_up, activation, gated=True)
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """One pass."""
+        if x.dtype not in TYPES or x.dim() != 2:
+            return super().activate(x, activation)
+        return self._activated(x, activation, gated=False)
+
+    def _activated(self, x: Tensor, activation: str, *, gated: bool) -> Tensor:
+        x = x.contiguous()
+        rows, size = len(x), x.shape[-1] // (2 if gated else 1)
+        output = x.new_empty(rows, size)
+        self.library.phx_activate(
+            self.handle,
+            x.data_ptr(),
+            gated,
+            ACTIVATIONS[activation],
+            TYPES[x.dtype],
+            rows,
+            size,
+            output.data_ptr(),
         )
         return output
 
@@ -191,6 +213,7 @@ class NativeBackend(CpuBackend):
             query=query.data_ptr(),
             output=output.data_ptr(),
             query_stride=query.stride(0),
+            output_stride=output.stride(0),
             heads=heads,
             kv_heads=kv_heads,
             dim=query.shape[2],

@@ -24,8 +24,9 @@ from phalanx.protos.shards import kv_bytes_per_token, weight_bytes
 from phalanx.protos.specs import CacheSpec, DecoderSpec, DType, WorkerSpec
 from phalanx.protos.steps import NO_STATE, NewSequence, PromptLogprobs, Row, StateUse, StepPlan
 from phalanx.workers.engine import Engine
+from phalanx.workers.fused import FusedLayers
 from phalanx.workers.models.registry import describe
-from phalanx.workers.models.verified import CHUNKS, HITS, LENGTHS
+from phalanx.workers.models.verified import CHUNKS, HITS, LENGTHS, ONE_CALL
 from phalanx.workers.parallel import SingleRank, TensorParallel, ThreadRank
 
 VOCAB, NEW_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 131, 16, 4, 40
@@ -142,8 +143,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rand
 
     def make(kind: str, *, seed: int = 0, **fields: Any) -> RandomModel:
         key = json.dumps([kind, seed, fields], sort_keys=True)
-        if key not in made:
-            made[key] = _save(tmp_path_factory.mktemp(kind), kind, seed, fields)
+        made[key] = made.get(key) or _save(tmp_path_factory.mktemp(kind), kind, seed, fields)
         return made[key]
 
     return make
@@ -153,8 +153,8 @@ def _save(folder: Path, kind: str, seed: int, fields: dict[str, Any]) -> RandomM
     import transformers
 
     chatglm = kind == "ChatGLMConfig"
-    maker = getattr(transformers, "GlmConfig" if chatglm else kind)
-    config = maker(**json.loads(json.dumps(fields)))
+    named = "GlmConfig" if chatglm else kind
+    config = getattr(transformers, named)(**json.loads(json.dumps(fields)))
     # eager attention caps scores, the fused kind does not; but eager Falcon adds ALiBi twice
     attention = "sdpa" if kind == "FalconConfig" else "eager"
     model = transformers.AutoModelForCausalLM.from_config(
@@ -298,9 +298,13 @@ class Served:
 
 @pytest.fixture
 def served(
-    local_replica: Callable[..., Any], one_thread: None
+    local_replica: Callable[..., Any], one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[RandomModel, list[list[int]], int, int], Served]:
     """`served(model, prompts, count, tp)`: all through one scheduler, in few tokens a step."""
+    calls: list[Any] = []
+    layers = FusedLayers.__call__
+    counted = lambda *inputs: (calls.append(inputs), layers(*inputs))[1]
+    monkeypatch.setattr(FusedLayers, "__call__", counted)
 
     def run(model: RandomModel, prompts: list[list[int]], count: int, tp: int) -> Served:
         replica = local_replica(model.folder, tp=tp, max_context=model.spec.max_context, **SERVED)
@@ -309,31 +313,29 @@ def served(
 
         def watched(now: float) -> StepPlan | None:
             plan = schedule(now)
-            plans.extend([plan] if plan is not None else [])
+            plans.extend([] if plan is None else [plan])
             return plan
 
         replica.scheduler.schedule = watched
+        calls.clear()
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=3)
         answers = replica.generate([(prompt, params) for prompt in prompts])
         events = [samples[0] for samples in answers]
-        assert [event.error for sample in events for event in sample if event.error] == []
-        features = _features(plans)
-        if any(event.cached_prompt_tokens for sample in events for event in sample):
-            features.add(HITS)
-        tokens = [[token for event in sample for token in event.tokens] for sample in events]
-        return Served(
-            [[token.token_id for token in sample] for sample in tokens],
-            [[token.top for token in sample] for sample in tokens],
-            features,
-        )
+        assert not any(event.error for sample in events for event in sample)
+        hit = any(event.cached_prompt_tokens for sample in events for event in sample)
+        features = _features(plans) | ({HITS} if hit else set())
+        assert len(calls) in (0, tp * len(plans))
+        features |= {ONE_CALL} if calls else set()
+        said = [[token for event in sample for token in event.tokens] for sample in events]
+        tokens = [[token.token_id for token in sample] for sample in said]
+        return Served(tokens, [[token.top for token in sample] for sample in said], features)
 
     return run
 
 
 def _features(plans: list[StepPlan]) -> set[str]:
     """What these plans exercise."""
-    found = set()
-    lengths: dict[int, int] = {}
+    found, lengths = set(), dict[int, int]()
     for plan in plans:
         lengths |= {new.seq: new.num_computed for new in plan.new}
         chunks = {row.seq: row.num_new for row in plan.rows if row.num_new > 1}

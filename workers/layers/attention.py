@@ -95,6 +95,11 @@ class Attention:
         return (None, None) if self._norm is None else self._norm.weights
 
     @property
+    def rotation(self) -> int | None:
+        """Which of a batch's angles turn the heads: 0 those of most layers, 1 the local ones."""
+        return int(self._local) if self._rotates else None
+
+    @property
     def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """The linear layers, in the order of their use."""
         return [self.qkv, self.output]

@@ -60,6 +60,11 @@ class _FeedForward:
         raise NotImplementedError
 
     @property
+    def into(self) -> ColumnParallelLinear:
+        """What is before the activation."""
+        return self._into
+
+    @property
     def takes_float8(self) -> bool:
         """Whether x may come rounded."""
         return self._into.takes_float8
@@ -81,11 +86,6 @@ class GatedMLP(_FeedForward):
     @staticmethod
     def _inputs(names: LayerNames) -> list[tuple[str, str, str | None]]:
         return [("gate", names.gate, names.gate_bias), ("up", names.up, names.up_bias)]
-
-    @property
-    def gate_up(self) -> ColumnParallelLinear:
-        """Gate and up, side by side."""
-        return self._into
 
     def __call__(self, x: Rows) -> Tensor:
         """x [T, hidden] -> [T, hidden], equal on every rank."""

@@ -16,6 +16,8 @@ WINDOW = "windows"
 """Contexts several times as long as the sliding windows."""
 EVERYWHERE = (TOKENS, CHUNKS, LENGTHS, HITS)
 GGUF = "gguf"
+ONE_CALL = "one call"
+"""Every step ran all layers in one call of the compiled kernels."""
 _COLUMNS = {  # of the document
     TOKENS: "Tokens",
     CHUNKS: "Odd chunks",
@@ -60,18 +62,32 @@ def document() -> Iterator[str]:
         "32 tokens each, by way of the scheduler. Written by `make families` from the tests' result."
     )
     yield ""
+    yield (
+        "In one call: of the configurations, those whose layers a CPU's compiled kernels run as one "
+        "call a step, which is the path that was compared. The others go operation by operation: "
+        "mixtures of experts, latent attention, state spaces."
+    )
+    yield ""
     yield from _table()
 
 
 def _table() -> Iterator[str]:
     compared = [record["family"] for record in records().values()]
-    titles = ["Family", "Models", "Configurations", *_COLUMNS.values(), "Context scaling", "GGUF"]
+    titles = ["Family", "Models", "Configurations", *_COLUMNS.values(), "In one call"]
+    titles += ["Context scaling", "GGUF"]
     yield f"| {' | '.join(titles)} |"
     yield "| --- " * len(titles) + "|"
     for family, features in sorted(verified().items()):
-        scalings = [name for name in features if name not in (*_COLUMNS, GGUF)]
+        scalings = [name for name in features if name not in (*_COLUMNS, GGUF, ONE_CALL)]
         scaled = ", ".join(f"{name}: {sizes_text(features[name])}" for name in sorted(scalings))
         cells = [family, FAMILIES[family].models, str(compared.count(family))]
         cells += [sizes_text(features.get(name, ())) for name in _COLUMNS]
-        cells += [scaled or "–", sizes_text(features.get(GGUF, ()))]
+        cells += [_in_one_call(family), scaled or "–", sizes_text(features.get(GGUF, ()))]
         yield f"| {' | '.join(cells)} |"
+
+
+def _in_one_call(family: str) -> str:
+    mine = [set(r["features"]) for r in records().values() if r["family"] == family]
+    mine = [features for features in mine if GGUF not in features]
+    count = sum(ONE_CALL in features for features in mine)
+    return "all" if count == len(mine) else f"{count} of {len(mine)}" if count else "–"

@@ -27,7 +27,7 @@ static void for_rows(Backend* b, int64_t rows, int64_t size, Body body) {
 
 // Counts changes of what crosses this interface: functions, structures, layouts of memory. Python's
 // side has the same number (library.py).
-PHX_EXPORT int32_t phx_interface() { return 2; }
+PHX_EXPORT int32_t phx_interface() { return 3; }
 
 PHX_EXPORT Backend* phx_open(const char* isa_name, int threads) {
     const Isa* isa = find_isa(isa_name);
@@ -203,13 +203,16 @@ PHX_EXPORT void phx_rms_norm(Backend* b, const void* delta, void* residual, cons
     });
 }
 
-PHX_EXPORT void phx_silu_mul(Backend* b, const void* gate_up, int32_t type, int64_t rows,
-                             int64_t size, void* out) {
+// out [rows, size] = activation(x [rows, size]), or, when `gated`, of the first half of each row of
+// x [rows, 2 * size], times the second.
+PHX_EXPORT void phx_activate(Backend* b, const void* x, int32_t gated, int32_t activation,
+                             int32_t type, int64_t rows, int64_t size, void* out) {
     Turn turn(b->busy);
     int64_t bytes = size * type_bytes(type);
     for_rows(b, rows, size, [&](int64_t row) {
-        const char* gate = (const char*)gate_up + row * 2 * bytes;
-        b->isa->silu_mul(gate, gate + bytes, type, size, (char*)out + row * bytes, type);
+        const char* gate = (const char*)x + row * (gated ? 2 : 1) * bytes;
+        b->isa->activate(gate, gated ? gate + bytes : nullptr, activation, type, size,
+                         (char*)out + row * bytes, type);
     });
 }
 
@@ -241,6 +244,11 @@ PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_
             if (pool_type == kInt8) {
                 int64_t at = head * head_stride + slots[row] * (dim + kScaleBytes);
                 store_levels(*b->isa, in, type, dim, (int8_t*)pool + at);
+                continue;
+            }
+            if (pool_type == kBytePanels) {
+                auto* own = (uint8_t*)pool + head * head_stride;
+                store_in_byte_panels(*b->isa, in, type, dim, is_key, own, block_size, slots[row]);
                 continue;
             }
             if (pool_type == kPanels) {

@@ -31,7 +31,7 @@ static void bias_and_mask(const Attention& call, Row row, int64_t begin, const f
     V scale = set1(call.scale), cap = set1(call.softcap);
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V x = mul(load(scores + j), scale);
-        if (call.pool_type == kInt8) x = mul(x, load(key_scales + j));
+        if (key_scales) x = mul(x, load(key_scales + j));
         if (call.softcap > 0.0f) x = mul(cap, hyperbolic_tangent(divide(x, cap)));
         store(scores + j, x);
     }
@@ -178,7 +178,7 @@ static void attend_tile(const Attention& call, const Tile& tile, const Tile& nex
     }
     for (int64_t r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], tile.begin, s.key_scales, scores);
+        bias_and_mask(call, places[r], tile.begin, scaled ? s.key_scales : nullptr, scores);
         float* sums = s.part + r * kPanel;
         soften(scores, in_pairs(call), scaled ? s.value_scales : nullptr, s.peak + r, s.weight + r,
                sums, rows, slices);

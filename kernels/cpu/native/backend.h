@@ -78,6 +78,20 @@ inline void store_in_panels(const bf16* x, int64_t dim, bool is_key, uint16_t* p
     }
 }
 
+// The same into panels of bytes (byte_panels.inl); the scales stand behind a block's levels.
+inline void store_in_byte_panels(const Isa& isa, const void* x, int32_t type, int64_t dim,
+                                 bool is_key, uint8_t* pool, int64_t block_size, int64_t slot) {
+    uint8_t levels[kMostDim];
+    float scale = isa.quantize(x, type, dim, dim, is_key ? kUnsigned : 0, levels);
+    int64_t offset = slot % block_size;
+    uint8_t* block = pool + slot / block_size * block_size * (dim + kScaleBytes);
+    for (int64_t d = 0; d < dim; d++) {
+        int64_t word = is_key ? d / 4 * block_size + offset : offset / 4 * dim + d;
+        block[4 * word + (is_key ? d % 4 : offset % 4)] = levels[d];
+    }
+    std::memcpy(block + block_size * dim + offset * kScaleBytes, &scale, kScaleBytes);
+}
+
 // Fills `units`; then the team calls `attend`.
 void plan_units(const Attention& call, const Spans& spans, std::vector<AttentionUnit>& units);
 void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans);

@@ -41,10 +41,14 @@ constexpr int64_t kKeys = 64;       // keys of one attention tile, at absolute p
 constexpr int64_t kPartition = 512; // keys after which a fresh online softmax begins
 constexpr int64_t kQueryRows = 48;  // query rows of one tile: tokens x heads, one token at least
 constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
+constexpr int64_t kMostDim = 1024;  // of a head, where it is kept on the stack
 
-// kPanels: a pool of bfloat16 whose blocks are laid out as attention reads them (panels.inl).
-enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2, kPanels = 3 };
-INLINE int64_t type_bytes(int32_t type) { return type == kFloat ? 4 : type == kInt8 ? 1 : 2; }
+// Pools whose blocks are laid out as attention reads them: kPanels, of bfloat16 (panels.inl), and
+// kBytePanels, of int8 (byte_panels.inl).
+enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2, kPanels = 3, kBytePanels = 4 };
+INLINE int64_t type_bytes(int32_t type) {
+    return type == kFloat ? 4 : type == kInt8 || type == kBytePanels ? 1 : 2;
+}
 
 // Activations are unsigned bytes, 128 standing for 0, as the products of bytes want one operand.
 constexpr int32_t kUnsigned = 128;
@@ -75,8 +79,8 @@ struct Spans {
 
 struct Attention {
     const void* query;  // [T, heads, dim], token_stride elements between tokens
-    void* output;       // [T, heads, dim] contiguous
-    int64_t query_stride, heads, kv_heads, dim;
+    void* output;       // [T, heads, dim], output_stride elements between tokens
+    int64_t query_stride, output_stride, heads, kv_heads, dim;
     int32_t type;       // of query and output
     int32_t pool_type;
     const void* keys;   // [kv_heads, blocks, block_size, row]
@@ -88,6 +92,9 @@ struct Attention {
     const float* slopes;              // ALiBi, [heads], or null
     const float* sinks;               // [heads] scores whose weight goes nowhere, or null
 };
+
+// What a feed-forward block does to the numbers between its products.
+enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kGeluQuick, kRelu, kRelu2 };
 
 // Part of a step's attention that one thread does: some tokens of a sequence, one kv head.
 struct AttentionUnit { int64_t span, head, begin, end; };
@@ -112,14 +119,20 @@ struct Isa {
     void (*rms_norm)(const void* delta, int32_t delta_type, void* residual, int32_t residual_type,
                      const void* weight, int32_t weight_type, float offset, float eps,
                      int64_t size, void* out, int32_t out_type);
-    void (*silu_mul)(const void* gate, const void* up, int32_t in_type, int64_t size, void* out,
-                     int32_t out_type);
+    // out = x / std(x - mean) * weight + bias; bias may be null, out may be x.
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
+                       int64_t size, void* out, int32_t out_type);
+    // out = activation(x) * up; up may be null.
+    void (*activate)(const void* x, const void* up, int32_t activation, int32_t in_type,
+                     int64_t size, void* out, int32_t out_type);
     // One head: out = in rotated by cos, sin [half]; elements from 2 * half on pass through.
     void (*rope)(const void* in, int32_t in_type, const void* cos, const void* sin,
                  int32_t angle_type, int64_t half, int64_t dim, void* out, int32_t out_type);
     void (*convert)(const void* in, int32_t in_type, int64_t size, void* out, int32_t out_type);
     // total = parts[0] + parts[1] + ... in this order.
     void (*add_parts)(const float* const* parts, int64_t count, int64_t size, float* total);
+    void (*add_scaled)(const float* x, float scale, int64_t size, float* total);  // += scale x
+    float (*squares)(const float* x, int64_t size);  // their sum
     int64_t (*attention_scratch)(const Attention& call);  // bytes a thread needs
     void (*attention)(const Attention& call, const Spans& spans, const AttentionUnit& unit,
                       const AttentionUnit* after, void* scratch);

@@ -3,5 +3,6 @@
 #include "pages.inl"
 #include "attention.inl"
 #include "panels.inl"
+#include "byte_panels.inl"
 #include "walk.inl"
 #include "table.inl"

@@ -86,20 +86,33 @@ static void tile(const typename Words::Word* x, int64_t x_stride,
     }
 }
 
-// Up to kMaxRows rows.
-template <class Words, int R = kMaxRows>
-static void tile_of(int64_t rows, const typename Words::Word* x, int64_t x_stride,
-                    const typename Words::Word* panel, int64_t units, float* sums, bool onto,
-                    Errand errand) {
+// Calls body(a value whose type says `rows`, as its `count`), for 1 to R rows: what is kept in
+// registers must be a number that the compiler knows.
+template <int R>
+struct Known {
+    static constexpr int count = R;
+};
+template <int R = kMaxRows, class Body>
+INLINE void with_rows(int64_t rows, Body body) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<Words, R>(x, x_stride, panel, units, sums, onto, errand);
-        return tile_of<Words, R - 1>(rows, x, x_stride, panel, units, sums, onto, errand);
+        if (rows == R) return body(Known<R>());
+        with_rows<R - 1>(rows, body);
     }
 }
 
+// Up to kMaxRows rows.
+template <class Words>
+static void tile_of(int64_t rows, const typename Words::Word* x, int64_t x_stride,
+                    const typename Words::Word* panel, int64_t units, float* sums, bool onto,
+                    Errand errand) {
+    with_rows(rows, [&](auto known) {
+        tile<Words, decltype(known)::count>(x, x_stride, panel, units, sums, onto, errand);
+    });
+}
+
 // Rows of the next tile: the remaining rows in as few tiles as possible, of like size.
-INLINE int64_t next_rows(int64_t remaining) {
-    int64_t tiles = (remaining + kMaxRows - 1) / kMaxRows;
+INLINE int64_t next_rows(int64_t remaining, int64_t most_rows = kMaxRows) {
+    int64_t tiles = (remaining + most_rows - 1) / most_rows;
     return (remaining + tiles - 1) / tiles;
 }
 

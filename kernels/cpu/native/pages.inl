@@ -13,10 +13,14 @@ struct AttentionScratch {
     uint32_t* row;     // [64, units] keys, padded or widened
     float* key_scales;    // [64], of an int8 pool
     float* value_scales;  // [64]
+    // of a pool of byte panels, whose queries and weights are bytes too:
+    float* row_scales;     // [rows] of the queries
+    int32_t* query_sums;   // [rows, 2] of the queries' bytes, 128 times
+    float* weight_scales;  // [rows]
 };
 
 // Words of a query or key: pairs where both are bfloat16, or as exact in it as bytes are; else
-// floats.
+// floats. Two bytes for each number, where they are multiplied as such, are as many words as pairs.
 INLINE bool in_pairs(const Attention& call) {
     return call.type == kBf16 && call.pool_type != kFloat;
 }
@@ -44,6 +48,9 @@ static int64_t attention_layout(const Attention& call, AttentionScratch* s, char
     r.row = (uint32_t*)take(kKeys * units);
     r.key_scales = (float*)take(kKeys);
     r.value_scales = (float*)take(kKeys);
+    r.row_scales = (float*)take(rows);
+    r.query_sums = (int32_t*)take(2 * rows);
+    r.weight_scales = (float*)take(rows);
     if (s) *s = r;
     return used;
 }
@@ -107,7 +114,7 @@ struct Reach {
     }
 };
 
-// The first keys of a unit, as a Tile or as Sites.
+// The first keys of a unit, as a Tile or as sites.
 template <class Place>
 static Place first_place(const Attention& call, const Spans& spans, const AttentionUnit& unit) {
     Reach reach(call, spans, unit);

@@ -57,15 +57,6 @@ static void score_rows(const Attention& call, const uint32_t* query, const uint3
     }
 }
 
-template <int N, int R>
-static void score_of(int64_t rows, const Attention& call, const uint32_t* query,
-                     const uint32_t* const* keys, const uint32_t* const* ahead, float* scores) {
-    if constexpr (R > 0) {
-        if (rows == R) return score_rows<R, N>(call, query, keys, ahead, scores);
-        return score_of<N, R - 1>(rows, call, query, keys, ahead, scores);
-    }
-}
-
 static void score_sites(const Attention& call, const Sites& here, const Sites& next,
                         const AttentionScratch& s, int64_t rows) {
     constexpr int kHalf = kRuns / 2;
@@ -75,13 +66,19 @@ static void score_sites(const Attention& call, const Sites& here, const Sites& n
         const uint32_t* const* ahead = row ? here.keys : next.keys;
         float* out = s.scores + row * kKeys;
         if (step <= kFewRows) {
-            score_of<2 * kVectors, kFewRows>(step, call, query, here.keys, ahead, out);
+            with_rows<kFewRows>(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                score_rows<kRows, 2 * kVectors>(call, query, here.keys, ahead, out);
+            });
             continue;
         }
-        score_of<kVectors, kMaxRows>(step, call, query, here.keys, ahead, out);
-        if (here.count() <= kPanel) continue;
-        score_of<kVectors, kMaxRows>(step, call, query, here.keys + kHalf, ahead + kHalf,
-                                     out + kPanel);
+        for (int half = 0; half * kPanel < here.count(); half++) {
+            with_rows(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                score_rows<kRows, kVectors>(call, query, here.keys + half * kHalf,
+                                            ahead + half * kHalf, out + half * kPanel);
+            });
+        }
     }
 }
 
@@ -114,18 +111,6 @@ static void mix_rows(const Attention& call, const uint32_t* weights, const uint3
     }
 }
 
-template <int N, int R>
-static void mix_of(int64_t rows, const Attention& call, const uint32_t* weights,
-                   const uint32_t* const* values, const uint32_t* const* ahead, int64_t first,
-                   int64_t pairs, float* sums, int64_t slice) {
-    if constexpr (R > 0) {
-        if (rows == R) {
-            return mix_rows<R, N>(call, weights, values, ahead, first, pairs, sums, slice);
-        }
-        return mix_of<N, R - 1>(rows, call, weights, values, ahead, first, pairs, sums, slice);
-    }
-}
-
 static void mix_pairs(const Attention& call, const uint32_t* weights,
                       const uint32_t* const* values, const uint32_t* const* ahead, int64_t pairs,
                       float* part, int64_t rows) {
@@ -139,11 +124,16 @@ static void mix_pairs(const Attention& call, const uint32_t* weights,
             wide = twice ? 2 * kPanel : kPanel;
             float* out = part + first / kPanel * slice + row * kPanel;
             if (twice) {
-                mix_of<2 * kVectors, kFewRows>(step, call, x, values, then, first, pairs, out,
-                                               slice);
-            } else {
-                mix_of<kVectors, kMaxRows>(step, call, x, values, then, first, pairs, out, slice);
+                with_rows<kFewRows>(step, [&](auto known) {
+                    constexpr int kRows = decltype(known)::count;
+                    mix_rows<kRows, 2 * kVectors>(call, x, values, then, first, pairs, out, slice);
+                });
+                continue;
             }
+            with_rows(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                mix_rows<kRows, kVectors>(call, x, values, then, first, pairs, out, slice);
+            });
         }
     }
 }

@@ -25,6 +25,27 @@ INLINE V hyperbolic_tangent(V x) {
     return sub(set1(1.0f), divide(set1(2.0f), add(e, set1(1.0f))));
 }
 INLINE V silu(V x) { return divide(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
+// x times the normal distribution's weight below x; erf after Abramowitz and Stegun 1964, 7.1.26,
+// within 1.5e-7.
+INLINE V gelu(V x) {
+    V z = mul(maximum(x, sub(zero(), x)), set1(0.70710678f));
+    V t = divide(set1(1.0f), fma(z, set1(0.3275911f), set1(1.0f)));
+    V p = set1(1.061405429f);
+    p = fma(p, t, set1(-1.453152027f));
+    p = fma(p, t, set1(1.421413741f));
+    p = fma(p, t, set1(-0.284496736f));
+    p = fma(p, t, set1(0.254829592f));
+    V half = mul(exponential(sub(zero(), mul(z, z))), set1(0.5f));
+    V beyond = mul(mul(p, t), half);  // of the tail behind |x|
+    V below = add(keep_above(sub(set1(1.0f), add(beyond, beyond)), x, zero()), beyond);
+    return mul(x, below);
+}
+// x / 2 (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+INLINE V gelu_tanh(V x) {
+    V cube = mul(mul(x, x), x);
+    V twice = mul(set1(-1.59576912f), fma(cube, set1(0.044715f), x));
+    return divide(x, add(set1(1.0f), exponential(twice)));
+}
 
 // Applies `vector` to whole vectors and to a padded copy of the rest: the same arithmetic
 // everywhere, so that a number's result does not depend on its place.
@@ -95,13 +116,51 @@ static void rms_norm(const void* delta, int32_t delta_type, void* residual, int3
     });
 }
 
-static void silu_mul(const void* gate, const void* up, int32_t in_type, int64_t size, void* out,
-                     int32_t out_type) {
-    typed(gate, in_type, [&](auto* g) {
+static void layer_norm(const float* x, const float* weight, const float* bias, float eps,
+                       int64_t size, void* out, int32_t out_type) {
+    V total = zero(), squares = zero();
+    for (int64_t i = 0; i < size; i += kWidth) {
+        total = add(total, load_some(x + i, least(kWidth, size - i)));
+    }
+    V mean = set1(sum(total) / (float)size);
+    for (int64_t i = 0; i < size; i += kWidth) {
+        float apart[kWidth];
+        store(apart, sub(load_some(x + i, least(kWidth, size - i)), mean));
+        V d = load_some(apart, least(kWidth, size - i));
+        squares = fma(d, d, squares);
+    }
+    V scale = set1(1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps));
+    typed(out, out_type, [&](auto* o) {
+        for_vectors(size, o, [&](int64_t i, int64_t n) {
+            V normed = mul(sub(load_some(x + i, n), mean), scale);
+            V base = bias ? load_some(bias + i, n) : zero();
+            return fma(normed, load_some(weight + i, n), base);
+        });
+    });
+}
+
+INLINE V activated(V x, int32_t activation) {
+    switch (activation) {
+        case kGelu: return gelu(x);
+        case kGeluTanh: return gelu_tanh(x);
+        case kGeluQuick: return divide(x, add(set1(1.0f), exponential(mul(set1(-1.702f), x))));
+        case kRelu: return maximum(zero(), x);
+        case kRelu2: {
+            V positive = maximum(zero(), x);
+            return mul(positive, positive);
+        }
+        default: return silu(x);
+    }
+}
+
+static void activate(const void* x, const void* up, int32_t activation, int32_t in_type,
+                     int64_t size, void* out, int32_t out_type) {
+    typed(x, in_type, [&](auto* g) {
         auto* u = (decltype(g))up;
         typed(out, out_type, [&](auto* o) {
             for_vectors(size, o, [&](int64_t i, int64_t n) {
-                return mul(silu(load_some(g + i, n)), load_some(u + i, n));
+                V value = activated(load_some(g + i, n), activation);
+                return u ? mul(value, load_some(u + i, n)) : value;
             });
         });
     });
@@ -186,6 +245,22 @@ static void add_parts(const float* const* parts, int64_t count, int64_t size, fl
         for (int64_t part = 1; part < count; part++) x = add(x, load_some(parts[part] + i, n));
         return x;
     });
+}
+
+static void add_scaled(const float* x, float scale, int64_t size, float* total) {
+    V factor = set1(scale);
+    for_vectors(size, total, [&](int64_t i, int64_t n) {
+        return fma(load_some(x + i, n), factor, load_some(total + i, n));
+    });
+}
+
+static float squares(const float* x, int64_t size) {
+    V total = zero();
+    for (int64_t i = 0; i < size; i += kWidth) {
+        V v = load_some(x + i, least(kWidth, size - i));
+        total = fma(v, v, total);
+    }
+    return sum(total);
 }
 
 static int64_t argmax(const float* x, int64_t size) {

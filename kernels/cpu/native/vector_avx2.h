@@ -81,11 +81,15 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 using I = __m256i;
 INLINE I zero_int() { return _mm256_setzero_si256(); }
 INLINE I load_int(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
 INLINE V to_float(I x) { return _mm256_cvtepi32_ps(x); }
 #ifdef PHX_BYTE_DOT
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
     return _mm256_dpbusd_avx_epi32(acc, _mm256_set1_epi32((int)x), w);
+}
+INLINE I dot_signed(I acc, I w, uint32_t x) {
+    return _mm256_dpbusd_avx_epi32(acc, w, _mm256_set1_epi32((int)x));
 }
 #else
 INLINE I dot_bytes(I acc, I w, uint32_t x) {  // even and odd bytes apart: no sum saturates
@@ -94,6 +98,13 @@ INLINE I dot_bytes(I acc, I w, uint32_t x) {  // even and odd bytes apart: no su
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_and_si256(u, mask)));
     return _mm256_add_epi32(
         acc, _mm256_madd_epi16(_mm256_srai_epi16(w, 8), _mm256_srli_epi16(u, 8)));
+}
+INLINE I dot_signed(I acc, I w, uint32_t x) {
+    __m256i s = _mm256_set1_epi32((int)x), mask = _mm256_set1_epi16(0xff);
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_and_si256(w, mask)));
+    return _mm256_add_epi32(
+        acc, _mm256_madd_epi16(_mm256_srai_epi16(s, 8), _mm256_srli_epi16(w, 8)));
 }
 #endif
 

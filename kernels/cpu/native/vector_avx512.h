@@ -86,11 +86,15 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 using I = __m512i;
 INLINE I zero_int() { return _mm512_setzero_si512(); }
 INLINE I load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
+INLINE I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
 INLINE V to_float(I x) { return _mm512_cvtepi32_ps(x); }
 #ifdef PHX_BF16_DOT  // every processor with the one has the other
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32((int)x), w);
+}
+INLINE I dot_signed(I acc, I w, uint32_t x) {  // unsigned weights, signed activations
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int)x));
 }
 #else
 INLINE I dot_bytes(I acc, I w, uint32_t x) {  // even and odd bytes apart: no sum saturates
@@ -99,6 +103,13 @@ INLINE I dot_bytes(I acc, I w, uint32_t x) {  // even and odd bytes apart: no su
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_and_si512(u, mask)));
     return _mm512_add_epi32(
         acc, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), _mm512_srli_epi16(u, 8)));
+}
+INLINE I dot_signed(I acc, I w, uint32_t x) {
+    __m512i s = _mm512_set1_epi32((int)x), mask = _mm512_set1_epi16(0xff);
+    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_and_si512(w, mask)));
+    return _mm512_add_epi32(
+        acc, _mm512_madd_epi16(_mm512_srai_epi16(s, 8), _mm512_srli_epi16(w, 8)));
 }
 #endif
 

@@ -64,6 +64,7 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
 
 INLINE I zero_int() { I r; PHX_LANES r.at[i] = 0; return r; }
 INLINE I load_int(const uint32_t* p) { I r; PHX_LANES r.at[i] = (int32_t)p[i]; return r; }
+INLINE I set1_int(int32_t x) { I r; PHX_LANES r.at[i] = x; return r; }
 INLINE I subtract(I a, I b) { PHX_LANES a.at[i] -= b.at[i]; return a; }
 INLINE V to_float(I x) { V r; PHX_LANES r.at[i] = (float)x.at[i]; return r; }
 INLINE I dot_bytes(I acc, I w, uint32_t x) {
@@ -71,6 +72,15 @@ INLINE I dot_bytes(I acc, I w, uint32_t x) {
         for (int byte = 0; byte < 4; byte++) {
             int weight = (int8_t)((uint32_t)w.at[i] >> 8 * byte);
             acc.at[i] += weight * (int)(x >> 8 * byte & 255);
+        }
+    }
+    return acc;
+}
+INLINE I dot_signed(I acc, I w, uint32_t x) {
+    PHX_LANES {
+        for (int byte = 0; byte < 4; byte++) {
+            int weight = (int)((uint32_t)w.at[i] >> 8 * byte & 255);
+            acc.at[i] += weight * (int8_t)(x >> 8 * byte);
         }
     }
     return acc;

@@ -1,5 +1,5 @@
-// From a unit's queries to its outputs: the walk along the tiles of its keys, over either layout of
-// a pool. Included once per instruction set.
+// From a unit's queries to its outputs: the walk along the tiles of its keys, over any layout of a
+// pool. Included once per instruction set.
 
 // What a row's sums are multiplied by: 1 / all weights, the sink's among them.
 static float output_factor(const Attention& call, int64_t head, float peak, float weight) {
@@ -13,7 +13,7 @@ static void write_output(const Attention& call, const AttentionScratch& s, const
                          int64_t rows, int64_t first_token, int64_t group) {
     for (int64_t r = 0; r < rows; r++) {
         float factor = output_factor(call, places[r].head, s.peak[rows + r], s.weight[rows + r]);
-        int64_t at = ((first_token + r / group) * call.heads + places[r].head) * call.dim;
+        int64_t at = (first_token + r / group) * call.output_stride + places[r].head * call.dim;
         for (int64_t d = 0; d < call.dim; d += kPanel) {
             float* sums = s.total + (d / kPanel * rows + r) * kPanel;
             for (int64_t i = 0; i < kPanel; i += kWidth) {
@@ -37,10 +37,17 @@ static int64_t begin_unit(const Attention& call, const Spans& spans, const Atten
         int64_t at = (spans.start[unit.span] + token) * call.query_stride + head * call.dim;
         uint32_t* place = s.query + r * units;
         const char* query = element(call.query, call.type, at);
-        const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
-        if (words != place) std::memcpy(place, words, units * 4);
         s.peak[r] = s.peak[rows + r] = -1e30f;
         s.weight[r] = s.weight[rows + r] = 0.0f;
+        if (call.pool_type == kBytePanels) {
+            float wide[kMostDim];
+            convert(query, call.type, call.dim, wide, kFloat);
+            s.row_scales[r] = split_bytes(wide, call.dim, kMostQuery, true, (uint8_t*)place,
+                                          call.dim, s.query_sums + 2 * r);
+            continue;
+        }
+        const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
+        if (words != place) std::memcpy(place, words, units * 4);
     }
     std::memset(s.part, 0, rows * padded * 4);
     std::memset(s.total, 0, rows * padded * 4);
@@ -78,5 +85,6 @@ static void walk(const Attention& call, const Spans& spans, const AttentionUnit&
 static void attention(const Attention& call, const Spans& spans, const AttentionUnit& unit,
                       const AttentionUnit* after, void* scratch) {
     if (call.pool_type == kPanels) return walk<Sites>(call, spans, unit, after, scratch);
+    if (call.pool_type == kBytePanels) return walk<ByteSites>(call, spans, unit, after, scratch);
     walk<Tile>(call, spans, unit, after, scratch);
 }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phalanx.kernels.cpu.library import library_path
+from phalanx.kernels.cpu.library import ACTIVATIONS, library_path
 from phalanx.kernels.cpu.native_backend import NativeBackend
 from phalanx.kernels.int8 import from_pool, pool_width, to_pool
 from phalanx.kernels.interface import AttentionSpec, SequenceSpan
@@ -25,20 +25,6 @@ DTYPES = list(TOLERANCE)
 POOL_DTYPES = [*DTYPES, torch.int8]
 
 
-def open_backends() -> dict[str, NativeBackend]:
-    backends = {}
-    for isa in ("amx_imitated", "plain", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"):
-        try:
-            backends[isa] = NativeBackend(threads=2, isa=isa)
-        except OSError:
-            continue  # this processor has no such instructions
-    return backends
-
-
-BACKENDS = open_backends()
-every_isa = pytest.mark.parametrize("isa", BACKENDS)
-
-
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -48,9 +34,11 @@ def check(got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
     torch.testing.assert_close(got.double(), expected.double(), atol=limit, rtol=limit)
 
 
-def test_plain_kernels_are_there_and_an_unknown_set_is_refused() -> None:
-    assert "plain" in BACKENDS and BACKENDS["plain"].isa == "plain"
-    assert NativeBackend().isa == list(BACKENDS)[-1]  # the best one by default
+def test_plain_kernels_are_there_and_an_unknown_set_is_refused(
+    natives: dict[str, NativeBackend],
+) -> None:
+    assert "plain" in natives and natives["plain"].isa == "plain"
+    assert NativeBackend().isa == list(natives)[-1]  # the best one by default
     with pytest.raises(OSError, match="altivec"):
         NativeBackend(isa="altivec")
 
@@ -61,54 +49,52 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
         NativeBackend()
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 48), (7, 0), (0, 9), (101, 33), (33, 700)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_packed_linear_equals_float64_product(
-    isa: str, dtype: torch.dtype, shape: tuple[int, int], biased: bool
+    native: NativeBackend, dtype: torch.dtype, shape: tuple[int, int], biased: bool
 ) -> None:
     weight, bias = randn(*shape, seed=1, dtype=dtype), randn(shape[0], seed=2, dtype=dtype)
-    linear = BACKENDS[isa].pack_linear(weight, bias if biased else None)
+    linear = native.pack_linear(weight, bias if biased else None)
     for rows in (0, 1, 2, 7, 13, 40):
         x = randn(rows, shape[1], seed=rows, dtype=dtype)
         expected = F.linear(x.double(), weight.double(), bias.double() if biased else None)
         check(linear(x), expected, factor=max(shape[1], 1) ** 0.5)
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
-    isa: str, dtype: torch.dtype
+    native: NativeBackend, dtype: torch.dtype
 ) -> None:
     weight, x = randn(101, 333, seed=1, dtype=dtype), randn(64, 333, seed=2, dtype=dtype)
-    together = BACKENDS[isa].pack_linear(weight, None)(x)
-    three = NativeBackend(threads=3, isa=isa).pack_linear(weight, None)
-    alone = NativeBackend(threads=1, isa=isa).pack_linear(weight, None)
+    together = native.pack_linear(weight, None)(x)
+    three = NativeBackend(threads=3, isa=native.isa).pack_linear(weight, None)
+    alone = NativeBackend(threads=1, isa=native.isa).pack_linear(weight, None)
     assert torch.equal(together, three(x))
     for size in (1, 2, 3, 5, 12, 13, 32):
         assert torch.equal(torch.cat([alone(part) for part in x.split(size)]), together)
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_a_packed_weight_are_read_back_exactly(isa: str, dtype: torch.dtype) -> None:
+def test_rows_of_a_packed_weight_are_read_back_exactly(
+    native: NativeBackend, dtype: torch.dtype
+) -> None:
     for columns in (1, 6, 33):
         weight = randn(70, columns, dtype=dtype)
         ids = torch.tensor([69, 0, 31, 32, 32])
-        linear: Any = BACKENDS[isa].pack_linear(weight, None)
+        linear: Any = native.pack_linear(weight, None)
         assert torch.equal(linear.rows(ids), weight[ids])
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (40, 3), (64, 256), (101, 333), (5, 0)])
 def test_int8_product_is_that_of_the_rounded_operands(
-    isa: str, dtype: torch.dtype, shape: tuple[int, int]
+    native: NativeBackend, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     """Rounding is checked apart from summing: the sums are exact, up to the last float32 bits."""
     weight, bias = randn(*shape, seed=1), randn(shape[0], seed=2)
-    linear = BACKENDS[isa].pack_linear_int8(weight, bias)
+    linear = native.pack_linear_int8(weight, bias)
     for rows in (1, 2, 13):
         x = randn(rows, shape[1], seed=rows, dtype=dtype) * 3
         x[0] = 0
@@ -133,12 +119,11 @@ def test_int8_product_is_that_of_the_rounded_operands(
         assert (got.double() - dense).norm() <= 0.02 * dense.norm() + 1e-6
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 576])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_norms(isa: str, dtype: torch.dtype, size: int, offset: float) -> None:
-    backend = BACKENDS[isa]
+def test_norms(native: NativeBackend, dtype: torch.dtype, size: int, offset: float) -> None:
+    backend = native
     x, residual = randn(5, size, seed=1, dtype=dtype), randn(5, size, seed=2, dtype=dtype)
     weight = randn(size, seed=3, dtype=dtype)
     expected = ReferenceBackend().add_rms_norm(
@@ -153,40 +138,46 @@ def test_norms(isa: str, dtype: torch.dtype, size: int, offset: float) -> None:
     check(got[1], expected[1])
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [6, 16, 64, 80])
 def test_rope_reads_strided_heads_and_passes_the_rest_through(
-    isa: str, dtype: torch.dtype, dim: int
+    native: NativeBackend, dtype: torch.dtype, dim: int
 ) -> None:
     projected = randn(4, 5, dim, seed=1, dtype=dtype)
     for half in (1, dim // 2 - 1, dim // 2):
         angles = randn(4, half, seed=2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        got = BACKENDS[isa].rope(projected[:, :3], cos, sin)
+        got = native.rope(projected[:, :3], cos, sin)
         expected = ReferenceBackend().rope(projected[:, :3].double(), cos.double(), sin.double())
         check(got, expected)
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul_over_the_whole_range(isa: str, dtype: torch.dtype) -> None:
-    gate = torch.cat([torch.linspace(-200, 200, 997), torch.tensor([-1e30, 1e30, 0.0])]).to(dtype)
-    pair = torch.stack([gate, gate.flip(0)])
-    gate_up = torch.cat([pair, randn(2, 1000, seed=1).to(dtype)], dim=-1)
-    check(BACKENDS[isa].silu_mul(gate_up), ReferenceBackend().silu_mul(gate_up.double()))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_the_whole_range(
+    native: NativeBackend, dtype: torch.dtype, activation: str
+) -> None:
+    huge = 1e15 if activation == "relu2" else 1e30
+    x = torch.cat([torch.linspace(-200, 200, 997), torch.tensor([-huge, huge, 0.0])])
+    x = torch.cat([x, torch.linspace(-6, 6, 501)]).to(dtype)
+    pair = torch.stack([x, x.flip(0)])
+    reference = ReferenceBackend()
+    check(native.activate(pair, activation), reference.activate(pair.double(), activation))
+    gate_up = torch.cat([pair, randn(2, len(x), seed=1).to(dtype)], dim=-1)
+    check(native.gated(gate_up, activation), reference.gated(gate_up.double(), activation))
+    if activation == "silu":
+        assert torch.equal(native.silu_mul(gate_up), native.gated(gate_up, "silu"))
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pool_dtype", POOL_DTYPES)
 def test_store_kv_writes_only_the_named_slots(
-    isa: str, dtype: torch.dtype, pool_dtype: torch.dtype
+    native: NativeBackend, dtype: torch.dtype, pool_dtype: torch.dtype
 ) -> None:
     pools = torch.zeros(2, 3, 4, 2, pool_width(5, pool_dtype), dtype=pool_dtype)
     projected = randn(2, 8, 5, dtype=dtype)
     key, value = projected[:, 2:5], projected[:, 5:]
-    BACKENDS[isa].store_kv(key, value, pools[0], pools[1], torch.tensor([7, 2]))
+    native.store_kv(key, value, pools[0], pools[1], torch.tensor([7, 2]))
     for pool, source in ((pools[0], key), (pools[1], value)):
         assert torch.equal(pool[:, 3, 1], to_pool(source[0], pool_dtype))
         assert torch.equal(pool[:, 1, 0], to_pool(source[1], pool_dtype))
@@ -194,11 +185,10 @@ def test_store_kv_writes_only_the_named_slots(
         assert not pool.any()
 
 
-@every_isa
-def test_argmax_is_the_first_largest(isa: str) -> None:
+def test_argmax_is_the_first_largest(native: NativeBackend) -> None:
     x = randn(6, 77).round(decimals=1)
     x[0], x[1, 5:] = -torch.inf, 9.0
-    assert torch.equal(BACKENDS[isa].argmax(x), x.argmax(-1))
+    assert torch.equal(native.argmax(x), x.argmax(-1))
 
 
 Case = tuple[Tensor, Tensor, list[SequenceSpan], AttentionSpec]
@@ -237,11 +227,13 @@ def attention_cases(draw: st.DrawFn) -> Case:
     return randn(start, heads, dim, seed=seed + 1, dtype=query_dtype), pools, spans, spec
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=attention_cases(), isa=st.sampled_from(list(BACKENDS)))
-def test_paged_attention_equals_dense_attention_in_float64(case: Case, isa: str) -> None:
+@settings(max_examples=12, deadline=None)
+@given(case=attention_cases())
+def test_paged_attention_equals_dense_attention_in_float64(
+    native: NativeBackend, case: Case
+) -> None:
     query, pools, spans, spec = case
-    backend = BACKENDS[isa]
+    backend = native
     plan = backend.plan_attention(spans, pools.shape[3])
     got = backend.paged_attention(query, pools[0], pools[1], plan, spec)
     group = query.shape[1] // max(pools.shape[1], 1)
@@ -256,17 +248,13 @@ def test_paged_attention_equals_dense_attention_in_float64(case: Case, isa: str)
         check(got[rows], expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    case=attention_cases(),
-    isa=st.sampled_from(list(BACKENDS)),
-    chunk=st.sampled_from([1, 2, 17, 40]),
-)
+@settings(max_examples=8, deadline=None)
+@given(case=attention_cases(), chunk=st.sampled_from([1, 2, 17, 40]))
 def test_attention_has_the_same_bits_in_any_batch_and_however_the_prompt_is_cut(
-    case: Case, isa: str, chunk: int
+    native: NativeBackend, case: Case, chunk: int
 ) -> None:
     query, pools, spans, spec = case
-    backend, alone = BACKENDS[isa], NativeBackend(threads=1, isa=isa)
+    backend, alone = native, NativeBackend(threads=1, isa=native.isa)
     block_size = pools.shape[3]
     plan = backend.plan_attention(spans, block_size)
     together = backend.paged_attention(query, pools[0], pools[1], plan, spec)
@@ -280,9 +268,8 @@ def test_attention_has_the_same_bits_in_any_batch_and_however_the_prompt_is_cut(
             assert torch.equal(part, together[rows])
 
 
-@every_isa
-def test_a_broken_row_leaves_its_batch_mates_alone(isa: str) -> None:
-    backend = BACKENDS[isa]
+def test_a_broken_row_leaves_its_batch_mates_alone(native: NativeBackend) -> None:
+    backend = native
     query, pools = randn(2, 4, 16), randn(2, 2, 9, 4, 16, seed=1)
     spans = [SequenceSpan(0, 1, 7, [3, 1]), SequenceSpan(1, 1, 6, [2, 5])]
     plan = backend.plan_attention(spans, 4)
@@ -296,26 +283,26 @@ def test_a_broken_row_leaves_its_batch_mates_alone(isa: str) -> None:
         torch.testing.assert_close(broken[1], whole[1], atol=0.05, rtol=0.05)
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_rows_have_the_same_bits_alone_and_in_any_batch(isa: str, dtype: torch.dtype) -> None:
+def test_int8_rows_have_the_same_bits_alone_and_in_any_batch(
+    native: NativeBackend, natives: dict[str, NativeBackend], dtype: torch.dtype
+) -> None:
     weight, x = randn(101, 333, seed=1, dtype=dtype), randn(64, 333, seed=2, dtype=dtype)
-    together = BACKENDS[isa].pack_linear_int8(weight, None)(x)
-    alone = NativeBackend(threads=1, isa=isa).pack_linear_int8(weight, None)
+    together = native.pack_linear_int8(weight, None)(x)
+    alone = NativeBackend(threads=1, isa=native.isa).pack_linear_int8(weight, None)
     for size in (1, 3, 13, 32):
         assert torch.equal(torch.cat([alone(part) for part in x.split(size)]), together)
-    plain = BACKENDS["plain"].pack_linear_int8(weight, None)
+    plain = natives["plain"].pack_linear_int8(weight, None)
     assert torch.equal(plain(x), together)  # the sums are whole numbers on every processor
 
 
-@every_isa
-def test_int8_product_of_extreme_rows(isa: str) -> None:
+def test_int8_product_of_extreme_rows(native: NativeBackend) -> None:
     """The largest sums, rows of zeros and of numbers near the least, and one that is broken."""
     weight = torch.full((33, 4096), -3.0)
     weight[1], weight[2, ::2] = 0, 3.0
     x = torch.full((5, 4096), 0.5, dtype=torch.float32)
     x[1], x[2], x[3, 7] = 0, 1e-38, torch.inf
-    linear: Any = BACKENDS[isa].pack_linear_int8(weight, None)
+    linear: Any = native.pack_linear_int8(weight, None)
     got = linear(x)
     assert got[0, 0] == -1.5 * 4096 and got[0, 1] == 0 and got[0, 2] == 0
     assert torch.equal(got[4], got[0]) and not got[1].any()
@@ -323,16 +310,17 @@ def test_int8_product_of_extreme_rows(isa: str) -> None:
     assert torch.equal(linear.wide(x[:1]), got[:1])
 
 
-@every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_best_is_the_first_largest_of_the_outputs(isa: str, dtype: torch.dtype, int8: bool) -> None:
+def test_best_is_the_first_largest_of_the_outputs(
+    native: NativeBackend, dtype: torch.dtype, int8: bool
+) -> None:
     for outputs, inputs in ((1, 5), (33, 7), (700, 33)):
         weight = randn(outputs, inputs, seed=1, dtype=dtype)
         weight[outputs // 2 :] = weight[: outputs - outputs // 2].clone()  # all twice
         bias = randn(outputs, seed=2, dtype=dtype) if outputs == 33 else None
         for threads in (1, 3):
-            backend = NativeBackend(threads=threads, isa=isa)
+            backend = NativeBackend(threads=threads, isa=native.isa)
             pack = backend.pack_linear_int8 if int8 else backend.pack_linear
             linear: Any = pack(weight, bias)
             for rows in (0, 1, 13, 40):
@@ -343,17 +331,16 @@ def test_best_is_the_first_largest_of_the_outputs(isa: str, dtype: torch.dtype, 
                 assert torch.equal(values, whole.amax(-1))
 
 
-@every_isa
-def test_best_tells_of_rows_that_are_not_finite(isa: str) -> None:
+def test_best_tells_of_rows_that_are_not_finite(native: NativeBackend) -> None:
     weight = randn(300, 8)
     weight[170, 3] = torch.inf
-    linear: Any = BACKENDS[isa].pack_linear(weight, None)
+    linear: Any = native.pack_linear(weight, None)
     x = randn(4, 8, seed=1)
     x[1, 3], x[3, 3] = 0.0, torch.nan
     assert linear.best(x)[1].isnan().all()  # 0 * inf is broken too
     weight[170, 3] = 0.0
-    linear = BACKENDS[isa].pack_linear(weight, None)
+    linear = native.pack_linear(weight, None)
     assert linear.best(x)[1].isnan().tolist() == [False, False, False, True]
-    empty: Any = BACKENDS[isa].pack_linear(weight[:0], None)
+    empty: Any = native.pack_linear(weight[:0], None)
     ids, values = empty.best(x)
     assert ids.tolist() == [0] * 4 and values.tolist() == [-torch.inf] * 4

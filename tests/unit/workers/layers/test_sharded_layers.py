@@ -234,8 +234,8 @@ def test_gated_mlp(
         columns = cut_model(model, size, group.rank).mlp
         names = BIASED if model.mlp_bias else NAMES
         layer = GatedMLP(model, columns, names, group, BACKEND, dtype, CPU)
-        fill([*layer.gate_up.pieces, *layer.down.pieces], weights)
-        layer.gate_up.pack(BACKEND)
+        fill([*layer.into.pieces, *layer.down.pieces], weights)
+        layer.into.pack(BACKEND)
         layer.down.pack(BACKEND)
         return layer(x.to(dtype))
 

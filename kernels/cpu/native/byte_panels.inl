@@ -1,0 +1,222 @@
+// Attention over an int8 pool whose blocks are panels (kBytePanels): products of bytes, read where
+// they stand and summed exactly. Included once per instruction set.
+//
+//   a block of keys    [dim / 4][block_size]  words: four elements of one key, 128 added to each
+//   a block of values  [block_size / 4][dim]  words: one element of four keys
+//
+// and behind either [block_size] floats, the scales.
+//
+// What the levels are multiplied with becomes a whole number of 16 bits and a scale for its row,
+// a finer rounding than bfloat16's own, and is kept as two bytes: its products are those of its
+// upper byte, times 256, and of its lower. Queries are signed, so their keys are not, and 128 times
+// the queries' sum is taken off again; weights are never negative, so that values keep their signs.
+
+// Accumulators are needed twice, so rows that go together are half as many as for pairs.
+static constexpr int kByteRows = kMaxRows > 1 ? kMaxRows / 2 : 1;
+static constexpr int kFewByteRows = kFewRows / 2;
+static constexpr float kMostQuery = 127 * 256 + 127, kMostWeight = 65535;
+
+struct ByteSites {  // keys [begin, end) of a sequence, and where each run of them stands
+    int64_t begin, end;
+    const uint32_t* keys[kRuns];
+    const uint32_t* values[kRuns];
+    const float* key_scales[kRuns];
+    const float* value_scales[kRuns];
+
+    ByteSites() : begin(0), end(0) {}
+    ByteSites(const Pages& pages, int64_t begin, int64_t end) : begin(begin), end(end) {
+        const Attention& call = pages.call;
+        for (int64_t run = 0; run < kRuns; run++) {
+            int64_t key = begin + run * kRun;
+            if (key >= end) key = begin;  // any that is there
+            int64_t block = pages.blocks[key / call.block_size], offset = key % call.block_size;
+            int64_t at = pages.head * call.head_stride + block * call.block_size * call.row;
+            int64_t levels = call.block_size * call.dim;
+            const char *of_keys = (const char*)call.keys + at, *of_values = (const char*)call.values + at;
+            keys[run] = (const uint32_t*)of_keys + offset;
+            values[run] = (const uint32_t*)of_values + offset / 4 * call.dim;
+            key_scales[run] = (const float*)(of_keys + levels) + offset;
+            value_scales[run] = (const float*)(of_values + levels) + offset;
+        }
+    }
+    INLINE_MEMBER int64_t count() const { return end - begin; }
+};
+
+// Whole numbers x / scale, as their upper bytes at `out` and their lower ones `apart` behind;
+// returns their scale, NaN where a number is not finite. `sums` (null = not wanted) gets 128 times
+// the sums of both. Signed: lower bytes are of [-128, 127], else of [0, 255].
+static float split_bytes(const float* x, int64_t size, float largest_level, bool is_signed,
+                         uint8_t* out, int64_t apart, int32_t* sums) {
+    V peaks = zero(), broken = zero();
+    for (int64_t i = 0; i < size; i += kWidth) {
+        V v = load(x + i);
+        peaks = maximum(peaks, maximum(v, sub(zero(), v)));
+        broken = fma(v, zero(), broken);
+    }
+    float peak = largest(peaks), flaw = sum(broken);
+    bool usable = flaw == 0.0f && peak > 1e-30f;
+    V inverse = set1(usable ? largest_level / peak : 0.0f), upper = zero(), lower = zero();
+    // half a step less makes of rounding the floor that leaves the lower byte in its range
+    V shift = set1(is_signed ? 0.5f / 256 : -127.5f / 256);
+    for (int64_t i = 0; i < size; i += kWidth) {
+        V whole = usable ? nearest(mul(load(x + i), inverse)) : zero();
+        V high = nearest(fma(whole, set1(1.0f / 256), shift));
+        V low = fma(high, set1(-256.0f), whole);
+        store_levels(out + i, high, 0);
+        store_levels(out + apart + i, low, 0);
+        upper = add(upper, high);
+        lower = add(lower, low);
+    }
+    if (sums) sums[0] = 128 * (int32_t)sum(upper);
+    if (sums) sums[1] = 128 * (int32_t)sum(lower);
+    return peak / largest_level + flaw;
+}
+
+// scores [R, 64] of N vectors of keys, without the keys' scales.
+template <int R, int N>
+static void score_bytes(const Attention& call, const AttentionScratch& s, int64_t row,
+                        const uint32_t* const* keys, const uint32_t* const* ahead, float* scores) {
+    int64_t units = call.dim / 4;
+    const uint32_t* query = s.query + row * 2 * units;
+    I high[R][N], low[R][N];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < N; v++) high[r][v] = low[r][v] = zero_int();
+    }
+    for (int64_t u = 0; u < units; u++) {
+        I w[N];
+        UNROLL for (int v = 0; v < N; v++) {
+            int64_t at = u * call.block_size + v % kInRun * kWidth;
+            w[v] = load_int(keys[v / kInRun] + at);
+            __builtin_prefetch(ahead[v / kInRun] + at);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            uint32_t upper = query[2 * r * units + u], lower = query[(2 * r + 1) * units + u];
+            UNROLL for (int v = 0; v < N; v++) {
+                high[r][v] = dot_signed(high[r][v], w[v], upper);
+                low[r][v] = dot_signed(low[r][v], w[v], lower);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        V scale = set1(s.row_scales[row + r]), step = set1(256.0f);
+        I upper = set1_int(s.query_sums[2 * (row + r)]);
+        I lower = set1_int(s.query_sums[2 * (row + r) + 1]);
+        UNROLL for (int v = 0; v < N; v++) {
+            V h = to_float(subtract(high[r][v], upper)), l = to_float(subtract(low[r][v], lower));
+            store(scores + r * kKeys + v * kWidth, mul(fma(h, step, l), scale));
+        }
+    }
+}
+
+// sums += weights x values, for N vectors of dimensions from `first` on; `quads` of keys.
+template <int R, int N>
+static void mix_bytes(const Attention& call, const AttentionScratch& s, int64_t row,
+                      const uint32_t* const* values, const uint32_t* const* ahead, int64_t first,
+                      int64_t quads, float* sums, int64_t slice) {
+    const auto* weights = (const uint32_t*)(s.scores + row * kKeys);
+    I high[R][N], low[R][N];
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < N; v++) high[r][v] = low[r][v] = zero_int();
+    }
+    for (int64_t quad = 0; quad < quads; quad++) {
+        int64_t run = quad / (kRun / 4), at = quad % (kRun / 4) * call.dim + first;
+        I w[N];
+        UNROLL for (int v = 0; v < N; v++) {
+            w[v] = load_int(values[run] + at + v * kWidth);
+            __builtin_prefetch(ahead[run] + at + v * kWidth);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            uint32_t upper = weights[r * kKeys + quad], lower = weights[r * kKeys + kKeys / 4 + quad];
+            UNROLL for (int v = 0; v < N; v++) {
+                high[r][v] = dot_bytes(high[r][v], w[v], upper);
+                low[r][v] = dot_bytes(low[r][v], w[v], lower);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        V scale = set1(s.weight_scales[row + r]), step = set1(256.0f);
+        UNROLL for (int v = 0; v < N; v++) {
+            float* place = sums + v / kVectors * slice + r * kPanel + v % kVectors * kWidth;
+            V total = fma(to_float(high[r][v]), step, to_float(low[r][v]));
+            store(place, fma(total, scale, load(place)));
+        }
+    }
+}
+
+static void score_byte_sites(const Attention& call, const ByteSites& here, const ByteSites& next,
+                             const AttentionScratch& s, int64_t rows) {
+    constexpr int kHalf = kRuns / 2;
+    for (int64_t row = 0, step; row < rows; row += step) {
+        step = next_rows(rows - row, kByteRows);
+        const uint32_t* const* ahead = row ? here.keys : next.keys;
+        float* out = s.scores + row * kKeys;
+        if (step <= kFewByteRows) {
+            with_rows<kFewByteRows>(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                score_bytes<kRows, 2 * kVectors>(call, s, row, here.keys, ahead, out);
+            });
+            continue;
+        }
+        for (int half = 0; half * kPanel < here.count(); half++) {
+            with_rows<kByteRows>(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                score_bytes<kRows, kVectors>(call, s, row, here.keys + half * kHalf,
+                                             ahead + half * kHalf, out + half * kPanel);
+            });
+        }
+    }
+}
+
+static void mix_byte_sites(const Attention& call, const ByteSites& here, const ByteSites& next,
+                           const AttentionScratch& s, int64_t rows) {
+    int64_t slice = rows * kPanel, quads = (here.count() + 3) / 4;
+    for (int64_t row = 0, step; row < rows; row += step) {
+        step = next_rows(rows - row, kByteRows);
+        const uint32_t* const* ahead = row ? here.values : next.values;
+        for (int64_t first = 0, wide; first < call.dim; first += wide) {
+            bool twice = step <= kFewByteRows && first + 2 * kPanel <= call.dim;
+            wide = twice ? 2 * kPanel : kPanel;
+            float* out = s.part + first / kPanel * slice + row * kPanel;
+            if (twice) {
+                with_rows<kFewByteRows>(step, [&](auto known) {
+                    constexpr int kRows = decltype(known)::count;
+                    mix_bytes<kRows, 2 * kVectors>(call, s, row, here.values, ahead, first, quads,
+                                                   out, slice);
+                });
+                continue;
+            }
+            with_rows<kByteRows>(step, [&](auto known) {
+                constexpr int kRows = decltype(known)::count;
+                mix_bytes<kRows, kVectors>(call, s, row, here.values, ahead, first, quads, out,
+                                           slice);
+            });
+        }
+    }
+}
+
+// Scales of a tile's keys or values, 0 behind its end.
+static void copy_scales(const float* const* from, int64_t count, float* scales) {
+    for (int64_t run = 0; run < kRuns; run++) {
+        std::memcpy(scales + run * kRun, from[run], kRun * 4);
+    }
+    for (int64_t j = count; j < kKeys; j++) scales[j] = 0.0f;
+}
+
+static void attend_tile(const Attention& call, const ByteSites& here, const ByteSites& next,
+                        const AttentionScratch& s, const Row* places, int64_t rows) {
+    const ByteSites& ahead = next.count() ? next : here;
+    score_byte_sites(call, here, ahead, s, rows);
+    copy_scales(here.key_scales, here.count(), s.key_scales);
+    copy_scales(here.value_scales, here.count(), s.value_scales);
+    int64_t slices = (call.dim + kPanel - 1) / kPanel;
+    for (int64_t r = 0; r < rows; r++) {
+        float* scores = s.scores + r * kKeys;
+        bias_and_mask(call, places[r], here.begin, s.key_scales, scores);
+        soften(scores, false, s.value_scales, s.peak + r, s.weight + r, s.part + r * kPanel, rows,
+               slices);
+        alignas(64) uint8_t bytes[2 * kKeys];
+        s.weight_scales[r] = split_bytes(scores, kKeys, kMostWeight, false, bytes, kKeys, nullptr);
+        std::memcpy(scores, bytes, sizeof bytes);
+    }
+    mix_byte_sites(call, here, ahead, s, rows);
+}
