@@ -189,14 +189,14 @@ class AsyncEngine:
             priority=priority,
         )
         stream.trace = TRACE.get()
-        handle = self._choose(stream)
+        handle = self._choose(stream, copies=True)
         if handle is None and not stream.accepted_before:
             self._check_held()
         self._live[tenant, request_id] = stream
         try:
             if handle is not None and self._decision is not None:
-                await self._movement.bring_prefix(stream, self._decision)
-                handle = handle if handle.serving else self._choose(stream)
+                brought = await self._movement.bring_prefix(stream, self._decision)
+                handle = handle if brought and handle.serving else self._choose(stream)
             if handle is None:
                 self._leave_homeless(stream)
             elif not stream.finished:
@@ -260,18 +260,18 @@ class AsyncEngine:
             text = f"{len(self._homeless)} requests wait for a replica already"
             raise ResourceExhausted(text, HELD_RETRY_S)
 
-    def _choose(self, stream: Stream) -> ReplicaHandle | None:
+    def _choose(self, stream: Stream, *, copies: bool = False) -> ReplicaHandle | None:
         """The live replica that is predicted to give the stream its next token soonest."""
         loads = self._placer.loads
         while len(loads):
-            index = self._pick(stream)
+            index = self._pick(stream, copies)
             handle = self._slots[index]
             if handle is not None and handle.serving:
                 return handle
             loads.leave(index)  # its loop has ended; the news of that is on the way
         return None
 
-    def _pick(self, stream: Stream) -> int:
+    def _pick(self, stream: Stream, copies: bool) -> int:
         """The replica for a stream by what is known on this thread."""
         loads, self._decision = self._placer.loads, None
         if len(loads) == 1:
@@ -286,6 +286,7 @@ class AsyncEngine:
             Request(stream.known_tokens, stream.open_samples, output),
             self.replicas[0].naming,
             reads_cache=stream.reads_cache,
+            copies=copies,
         )
         stream.uncached_tokens = decision.uncached_tokens
         self._decision = decision

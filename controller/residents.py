@@ -83,9 +83,13 @@ class Residents:
                 self._join(self._entry, handle)
 
     def _join(self, loads: Loads, handle: ReplicaHandle) -> None:
-        loads.join(handle.index, handle.places, handle.room)
+        loads.join(handle.index, handle.places, handle.room, handle.copied_bytes)
         for stream in self.of(handle.index):
             loads.charge(handle.index, Work(), stream.charged)
+
+    def copies_take(self, bytes_per_s: float) -> None:
+        """Prefixes can be copied from replica to replica, at this speed."""
+        self._entry.copy_bytes_per_s = bytes_per_s
 
     # --- streams ---
 
