@@ -188,15 +188,15 @@ class AsyncEngine:
             priority=priority,
         )
         stream.trace = TRACE.get()
-        handle = self._residents.choose(stream)
+        handle = self._residents.choose(stream, copies=True)
         if handle is None and not stream.accepted_before:
             self._check_held()
         self._live[tenant, request_id] = stream
         self._door.enter(tenant, stream.samples)
         try:
             if handle is not None and self._residents.decision is not None:
-                await self._movement.bring_prefix(stream, self._residents.decision)
-                handle = handle if handle.serving else self._residents.choose(stream)
+                brought = await self._movement.bring_prefix(stream, self._residents.decision)
+                handle = handle if brought and handle.serving else self._residents.choose(stream)
             if handle is None:
                 self._leave_homeless(stream)
             elif not stream.finished:

@@ -79,6 +79,11 @@ class ReplicaHandle:
         return sum(rank.report.kv_bytes for rank in self._ranks) / max(self.room, 1)
 
     @property
+    def copied_bytes(self) -> float:
+        """The same where its ranks exchange blocks with those of other replicas, else 0."""
+        return self.token_bytes if self.replica.transfers.exchange is not None else 0.0
+
+    @property
     def pace(self) -> Pace:
         """How fast it is, as far as was measured."""
         return self._meter.pace if self._meter else Pace()

@@ -85,24 +85,29 @@ class Residents:
                 self._join(self._entry, handle)
 
     def _join(self, loads: Loads, handle: ReplicaHandle) -> None:
-        loads.join(handle.index, handle.places, handle.room)
+        loads.join(handle.index, handle.places, handle.room, handle.copied_bytes)
         for stream in self.of(handle.index):
             loads.charge(handle.index, Work(), stream.charged)
 
+    def copies_take(self, bytes_per_s: float) -> None:
+        """Prefixes can be copied from replica to replica, at this speed."""
+        self._entry.copy_bytes_per_s = bytes_per_s
+
     # --- streams ---
 
-    def choose(self, stream: Stream) -> ReplicaHandle | None:
-        """The live replica that is predicted to give the stream its next token soonest."""
+    def choose(self, stream: Stream, *, copies: bool = False) -> ReplicaHandle | None:
+        """The live replica that is predicted to give the stream its next token soonest. copies:
+        its prefix may come from another replica."""
         loads = self._placer.loads
         while len(loads):
-            index = self._pick(stream)
+            index = self._pick(stream, copies)
             handle = self._slots[index]
             if handle is not None and handle.serving:
                 return handle
             loads.leave(index)  # its loop has ended; the news of that is on the way
         return None
 
-    def _pick(self, stream: Stream) -> int:
+    def _pick(self, stream: Stream, copies: bool) -> int:
         """The replica for a stream by what is known on this thread."""
         loads, self.decision = self._placer.loads, None
         if len(loads) == 1:
@@ -118,6 +123,7 @@ class Residents:
             Request(stream.known_tokens, stream.open_samples, output),
             naming,
             reads_cache=stream.reads_cache,
+            copies=copies,
         )
         stream.uncached_tokens = decision.uncached_tokens
         self.decision = decision

@@ -132,6 +132,7 @@ class Stream:
             streams=len(self._outputs),
             output_tokens=left,
             kv_tokens=len(self.prompt_token_ids) + have + left,
+            prompts=int(self.uncached_tokens > 0),
         )
 
     @property

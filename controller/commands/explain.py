@@ -35,11 +35,17 @@ def explain(
     for placement in answer.placements:
         console.print(
             f"[bold]{placement.replica_id}[/] of {placement.candidates} replicas, "
-            f"for {placement.tokens} tokens"
+            f"for {placement.tokens} tokens" + copied_from(placement)
         )
         console.print(estimate_table(placement))
     for move in answer.moves:
         console.print(move_line(move))
+
+
+def copied_from(placement: Any) -> str:
+    """Where the chosen replica was to have cached tokens from, in words."""
+    copied = placement.estimates[0].copied_tokens if placement.estimates else 0
+    return f", {copied} of them copied from {placement.source_id}" if copied else ""
 
 
 def move_line(move: Any) -> str:
@@ -61,10 +67,12 @@ def estimate_table(placement: Any) -> Table:
     table.add_column("replica")
     for name in (
         "cached",
+        "copied",
         "queued",
         "streams",
         "prefill",
         "load",
+        "copy",
         "streams ms",
         "wait",
         "others",
@@ -75,6 +83,7 @@ def estimate_table(placement: Any) -> Table:
         times = (
             item.prefill_s,
             item.load_s,
+            item.copy_s,
             item.streams_s,
             item.wait_s,
             item.disturbance_s,
@@ -83,6 +92,7 @@ def estimate_table(placement: Any) -> Table:
         table.add_row(
             item.replica_id,
             str(item.cached_tokens),
+            str(item.copied_tokens),
             str(item.queue_tokens),
             str(item.streams),
             *(f"{1e3 * seconds:.1f}" for seconds in times),

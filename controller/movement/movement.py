@@ -13,7 +13,7 @@ from typing import Any
 
 from phalanx.controller.handle import ReplicaHandle
 from phalanx.controller.residents import Residents
-from phalanx.controller.routing.router import Decision, Request
+from phalanx.controller.routing.router import COPY_START_S, Decision, Request
 from phalanx.controller.stream import Stream
 from phalanx.protos.errors import Unavailable
 
@@ -25,11 +25,6 @@ DRAIN_S = 60.0
 DECODE_TRIES = 3
 USUAL_BYTES_PER_S = 200e6
 """Of copies between ranks, until some were measured."""
-COPY_START_S = 0.02
-"""Of a copy, before its first byte; four turns of two step loops."""
-COPY_MARGIN = 0.5
-"""A prefix is copied where that is predicted to take this part of computing it, or less."""
-COPY_LEAST_BLOCKS = 4
 SMOOTHING = 0.3
 
 
@@ -73,6 +68,8 @@ class Movement:
         self._kept: deque[KeptMove] = deque(maxlen=KEPT_MOVES)
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes_per_s = USUAL_BYTES_PER_S
+        if copy_prefixes:
+            residents.copies_take(USUAL_BYTES_PER_S)
         self._copying: dict[tuple[int, int], asyncio.Future[Move]] = {}
 
     # --- a replica leaves ---
@@ -184,26 +181,22 @@ class Movement:
 
     # --- a prefix is elsewhere ---
 
-    async def bring_prefix(self, stream: Stream, decision: Decision | None) -> None:
+    async def bring_prefix(self, stream: Stream, decision: Decision) -> bool:
         """Copy what another replica has cached of a prompt to the one that was chosen for it, where
-        that is predicted to be faster than computing it: so hot prefixes are soon held by all."""
-        if decision is None or not self._copy_prefixes or not stream.reads_cache:
-            return
+        the decision says so: so hot prefixes are soon held by all. False: that has failed, and the
+        decision with it."""
         chosen = decision.compared[0]
-        holder = max(decision.compared, key=lambda candidate: candidate.cached_tokens)
-        source, target = (
-            self._residents.handle(holder.replica),
-            self._residents.handle(chosen.replica),
-        )
-        if source is None or target is None or source is target:
-            return
-        tokens = holder.cached_tokens - chosen.cached_tokens
-        if tokens <= 0 or not self._worth(tokens, target):
-            return
+        tokens = chosen.copied_tokens
+        if not tokens or decision.source is None:
+            return True
+        source = self._residents.handle(decision.source)
+        target = self._residents.handle(chosen.replica)
+        if source is None or target is None:
+            return False
         way = (source.index, target.index)
         if (other := self._copying.get(way)) is not None:
             await asyncio.wait([other])  # most likely the very same prefix
-            return
+            return True
         task = asyncio.ensure_future(
             self._mover.copy_prefix(stream.tenant, stream.prompt_token_ids, source, target)
         )
@@ -213,16 +206,10 @@ class Movement:
         finally:
             if self._copying.get(way) is task:
                 del self._copying[way]
-        if move.outcome == "moved":
-            stream.uncached_tokens = max(stream.uncached_tokens - tokens, 1)
-
-    def _worth(self, tokens: int, target: ReplicaHandle) -> bool:
-        """Whether so many tokens are copied to a replica sooner than it computes them."""
-        rate = target.pace.tokens_per_s
-        if rate is None or tokens < COPY_LEAST_BLOCKS * target.naming.block_size:
+        if move.outcome != "moved":
             return False
-        copy_s = COPY_START_S + tokens * target.token_bytes / self._bytes_per_s
-        return copy_s <= COPY_MARGIN * tokens / rate
+        stream.uncached_tokens = max(stream.uncached_tokens - tokens, 1)
+        return True
 
     # --- what has moved ---
 
@@ -231,6 +218,8 @@ class Movement:
         if move.outcome == "moved" and move.seconds > 0 and move.num_bytes:
             rate = move.num_bytes / max(move.seconds - COPY_START_S, 1e-3)
             self._bytes_per_s += SMOOTHING * (rate - self._bytes_per_s)
+            if self._copy_prefixes:
+                self._residents.copies_take(self._bytes_per_s)
         if stream is not None:
             self._kept.append(
                 KeptMove(tenant=stream.tenant, request_id=stream.request_id, move=move)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 from phalanx.controller.kvcache.changes import PrefixUpdate, Tier
@@ -42,6 +41,14 @@ class HolderSets:
         """The set with this number."""
         return self._masks[number]
 
+    def number(self, mask: int) -> int:
+        """The number of a set, which is used soon."""
+        return self.use(mask, 0)
+
+    def use_again(self, number: int) -> None:
+        """The set is used once more."""
+        self._uses[number] += 1
+
     def use(self, mask: int, times: int = 1) -> int:
         """The number of a set, which is used once more (or several times)."""
         number = self._id_of.get(mask)
@@ -56,11 +63,13 @@ class HolderSets:
         self._uses[number] += times
         return number
 
-    def leave(self, number: int) -> None:
-        """The set is used once less."""
+    def leave(self, number: int) -> bool:
+        """The set is used once less; whether that was the last time."""
         self._uses[number] -= 1
         if not self._uses[number]:
             self._discard(number)
+            return True
+        return False
 
     def without(self, replica: int) -> dict[int, int | None]:
         """Take a replica out of every set: old number -> new one, None for no holder at all."""
@@ -79,35 +88,70 @@ class HolderSets:
         self._free.append(number)
 
 
-class _LowerCounts:
-    """Counts blocks of lower tiers, for runs of blocks that the same replicas hold alike."""
+class _Change:
+    """The sets of blocks that one replica gets or loses, one after the other."""
 
-    def __init__(self) -> None:
-        self._counts: dict[int, list[int]] = {}
-        self._last, self._times = (0, 0), 0
+    def __init__(self, sets: HolderSets, replica: int) -> None:
+        self._sets = sets
+        self._others = ~_bits(replica)
+        own = 1 << replica
+        self._own = (0, own, own | own << PLANE, own | own << 2 * PLANE)
+        self._known: dict[int, int] = {}
+        """What has become of sets so far, while each of them has kept its number."""
 
-    def add(self, mask: int, held: int) -> None:
-        """One more block; held: the replicas that count."""
-        if (mask, held) != self._last:
-            self._flush()
-            self._last = mask, held
-        self._times += 1
+    def after(self, before: int, tier: int) -> int:
+        """The number of a block's set once the replica holds it in a tier; -1: nobody holds it."""
+        after = self._known.get(4 * before + tier)
+        if after is None:
+            mask = 0 if before < 0 else self._sets.mask(before)
+            mask = mask & self._others | self._own[tier]
+            after = self._known[4 * before + tier] = self._sets.number(mask) if mask else -1
+        if after != before:
+            if after >= 0:
+                self._sets.use_again(after)
+            if before >= 0 and self._sets.leave(before):
+                self._known.clear()
+        return after
 
-    def _flush(self) -> None:
-        mask, held = self._last
+
+class _Walk:
+    """What replicas hold of consecutive blocks, told run by run of blocks that are held alike."""
+
+    def __init__(self, sets: HolderSets) -> None:
+        self._sets = sets
+        self._left, self._mask, self._depth = _ALL, 0, 0
+        self.found: list[tuple[int, int]] = []
+        self._lower: dict[int, list[int]] = {}
+
+    def changed(self, number: int, depth: int) -> bool:
+        """From this depth on, blocks are held by another set; False: by none that holds all."""
+        mask, left = self._sets.mask(number), self._left
+        if self._mask > _ALL:
+            self._count_lower(depth)
+        self._mask, self._depth = mask, depth
+        held = left & mask
+        if held != left:
+            if depth:
+                self.found.append((depth, left & ~held))
+            self._left = held
+        return held != 0
+
+    def end(self, depth: int) -> dict[int, Lower]:
+        """There are no more blocks; of the replicas, what is below their pools."""
+        if self._mask > _ALL:
+            self._count_lower(depth)
+        if self._left and depth:
+            self.found.append((depth, self._left))
+        return {replica: Lower(*counts) for replica, counts in self._lower.items()}
+
+    def _count_lower(self, depth: int) -> None:
         for tier in (0, 1):
-            below = mask >> (tier + 1) * PLANE & held
+            below = self._mask >> (tier + 1) * PLANE & self._left
             while below:
                 low = below & -below
-                counts = self._counts.setdefault(low.bit_length() - 1, [0, 0])
-                counts[tier] += self._times
+                counts = self._lower.setdefault(low.bit_length() - 1, [0, 0])
+                counts[tier] += depth - self._depth
                 below ^= low
-        self._times = 0
-
-    def counts(self) -> dict[int, Lower]:
-        """By replica."""
-        self._flush()
-        return {replica: Lower(*counts) for replica, counts in self._counts.items()}
 
 
 @dataclass(slots=True)
@@ -121,6 +165,9 @@ class _Source:
 
 class GlobalPrefixIndex:
     """Prefix -> the replicas that hold it; exact, as far as their updates have come.
+
+    Lookups take it that who holds a block holds those before it, and look at every sixteenth of many
+    (`CompactTable.walk`); where a cache has a hole, they say more than there is.
 
     A replica's updates are applied in order. When one is missing, or a replica starts anew, all
     that was known of it is forgotten until it has listed what it holds. Memory is bounded by the
@@ -147,19 +194,16 @@ class GlobalPrefixIndex:
             return True
         if update.listing:
             self._forget(replica)
-            for key, tier in zip(update.keys, update.added or repeat(Tier.DEVICE), strict=False):
-                self._insert(replica, key, tier)
+            self._change(
+                replica, update.keys, update.added or bytes([Tier.DEVICE]) * len(update.keys)
+            )
         elif update.epoch != source.epoch or update.first != source.next:
             if source.next is not None:
                 self._forget(replica)
             source.epoch, source.next = update.epoch, None
             return False
         else:
-            for key, tier in zip(update.keys, update.added, strict=True):
-                if tier:
-                    self._insert(replica, key, tier)
-                else:
-                    self._remove(replica, key)
+            self._change(replica, update.keys, update.added)
         source.epoch, source.next = update.epoch, update.next
         return True
 
@@ -180,25 +224,9 @@ class GlobalPrefixIndex:
         holds none is not listed. Beside it, of each replica that has not all of them in its pool,
         how many are below. Asks for no further key once no replica holds the last one.
         """
-        found: list[tuple[int, int]] = []
-        lower = _LowerCounts()
-        left, depth, last, mask = _ALL, 0, -1, 0
-        for number in self._table.walk(keys):
-            if number != last:
-                mask, last = self._sets.mask(number), number
-                held = left & mask
-                if held != left:
-                    if depth:
-                        found.append((depth, left & ~held))
-                    left = held
-                    if not left:
-                        break
-            depth += 1
-            if mask > _ALL:
-                lower.add(mask, left)
-        if left and depth:
-            found.append((depth, left))
-        return found, lower.counts()
+        walk = _Walk(self._sets)
+        depth = self._table.walk(keys, walk.changed)
+        return walk.found, walk.end(depth)
 
     def tier(self, replica: int, key: int) -> Tier:
         """Where a replica holds a block, for audits."""
@@ -216,29 +244,9 @@ class GlobalPrefixIndex:
             key for key, number in self._table.items() if self._sets.mask(number) >> replica & 1
         )
 
-    def _insert(self, replica: int, key: int, tier: int) -> None:
-        number = self._table.get(key)
-        before = 0 if number is None else self._sets.mask(number)
-        after = before & ~_bits(replica) | 1 << replica
-        if tier != Tier.DEVICE:
-            after |= 1 << (tier - 1) * PLANE + replica
-        if after != before:
-            self._table.set(key, self._sets.use(after))
-            if number is not None:
-                self._sets.leave(number)
-
-    def _remove(self, replica: int, key: int) -> None:
-        number = self._table.get(key)
-        if number is None:
-            return  # it shared its name with one that has gone before
-        after = self._sets.mask(number) & ~_bits(replica)
-        if after == self._sets.mask(number):
-            return
-        if after:
-            self._table.set(key, self._sets.use(after))
-        else:
-            self._table.remove(key)
-        self._sets.leave(number)
+    def _change(self, replica: int, keys: Sequence[int], tiers: Sequence[int]) -> None:
+        """A replica holds these blocks in these tiers now."""
+        self._table.change(keys, tiers, _Change(self._sets, replica).after)
 
     def _forget(self, replica: int) -> None:
         if moved := self._sets.without(replica):

@@ -11,7 +11,18 @@ from phalanx.controller.kvcache.rates import CAUTION
 
 from .index import Lower
 from .pace import Pace
-from .router import DISTURBANCE, SUCCESSORS, UNMEASURED, Candidate, Decision, Request, Work
+from .router import (
+    COPY_LEAST_TOKENS,
+    COPY_MARGIN,
+    COPY_START_S,
+    UNMEASURED,
+    Candidate,
+    Decision,
+    Request,
+    Work,
+    prices,
+    waited_s,
+)
 
 EXPLAINED = 4
 """Estimates that a decision keeps."""
@@ -30,6 +41,32 @@ class _Row:
         self.work, self.pace = Work(), Pace()
 
 
+class _Copy:
+    """Tokens of a prompt that can be copied from a replica to those that lack them."""
+
+    def __init__(self, source: int, tokens: int, token_s: Vector) -> None:
+        """token_s: to copy a token to each replica; 0 where nothing can be."""
+        self.source, self._tokens, self._token_s = source, tokens, token_s
+
+    def spare(self, request: Request, own_s: Vector, inverse: Vector) -> tuple[Vector, Vector]:
+        """What is left to compute, and what the copies take, in seconds."""
+        spared_s = own_s - (request.tokens - self._tokens) * inverse
+        copy_s = COPY_START_S + spared_s / np.maximum(inverse, 1e-300) * self._token_s
+        worth = (spared_s >= COPY_LEAST_TOKENS * inverse) & (self._token_s > 0.0)
+        worth &= copy_s <= COPY_MARGIN * spared_s
+        return own_s - worth * spared_s, worth * copy_s
+
+    def of(self, found: Candidate) -> Candidate:
+        """The same of one replica."""
+        tokens = self._tokens - found.cached_tokens
+        token_s = float(self._token_s[found.replica])
+        copy_s = COPY_START_S + tokens * token_s
+        rate = found.pace.tokens_per_s or 1.0
+        if tokens < COPY_LEAST_TOKENS or not token_s or copy_s > COPY_MARGIN * tokens / rate:
+            return found
+        return found._replace(copied_tokens=tokens, copy_s=copy_s)
+
+
 class Loads:
     """The work and pace of the replicas that take requests. Belongs to one event loop.
 
@@ -41,11 +78,16 @@ class Loads:
         self._rows: list[_Row | None] = []
         self._count = 0
         self._stale: set[int] = set()
+        self._stale_waits: set[int] = set()
         self._unmeasured: set[int] = set()
         self._fastest = Pace()
-        # base, per uncached token, streams, free places, a place's wait, kv tokens, free room,
-        # a token's wait
-        self._columns = np.zeros((8, 0))
+        self.copy_bytes_per_s: float | None = None
+        """Of copies between replicas; None: there are none."""
+        # a row each for `router.Prices`
+        self._prices = np.zeros((5, 0))
+        # streams, free places, a place's wait, kv tokens, free room, a token's wait
+        self._waits = np.zeros((6, 0))
+        self._token_bytes = np.zeros(0)
 
     def __len__(self) -> int:
         """Replicas that take requests."""
@@ -60,37 +102,65 @@ class Loads:
         """Whether this replica takes requests."""
         return index < len(self._rows) and self._rows[index] is not None
 
-    def join(self, index: int, places: int | None = None, room: int | None = None) -> None:
-        """A replica takes requests from now on; it has nothing to do yet. See `Candidate`."""
+    def join(
+        self,
+        index: int,
+        places: int | None = None,
+        room: int | None = None,
+        token_bytes: float = 0.0,
+    ) -> None:
+        """A replica takes requests from now on; it has nothing to do yet. See `Candidate`.
+
+        token_bytes: that are copied for a token from or to it; 0: nothing can be.
+        """
         while len(self._rows) <= index:
             self._rows.append(None)
-        if self._columns.shape[1] < len(self._rows):
-            wider = np.zeros((8, 2 * len(self._rows)))
-            wider[0] = np.inf
-            wider[:, : self._columns.shape[1]] = self._columns
-            self._columns = wider
+        self._widen()
         self._count += self._rows[index] is None
         self._rows[index] = _Row(places, room)
+        self._token_bytes[index] = token_bytes
         self._unmeasured.add(index)
+        self._touch(index)
+
+    def _widen(self) -> None:
+        if self._prices.shape[1] < len(self._rows):
+            size = 2 * len(self._rows)
+            prices, waits = np.zeros((5, size)), np.zeros((6, size))
+            prices[0] = np.inf
+            prices[:, : self._prices.shape[1]] = self._prices
+            waits[:, : self._waits.shape[1]] = self._waits
+            self._prices, self._waits = prices, waits
+            self._token_bytes = np.append(
+                self._token_bytes, np.zeros(size - len(self._token_bytes))
+            )
+
+    def _touch(self, index: int) -> None:
         self._stale.add(index)
+        self._stale_waits.add(index)
 
     def leave(self, index: int) -> None:
         """A replica takes no more requests, and what it had to do is forgotten."""
         if index < len(self._rows) and self._rows[index] is not None:
             self._count -= 1
             self._rows[index] = None
-            self._unmeasured.discard(index)
-            self._stale.discard(index)
-            self._columns[:, index] = 0.0
-            self._columns[0, index] = np.inf
+            for kept in (self._unmeasured, self._stale, self._stale_waits):
+                kept.discard(index)
+            self._prices[:, index] = 0.0
+            self._prices[0, index] = np.inf
+            self._waits[:, index] = 0.0
+            self._token_bytes[index] = 0.0
 
     def charge(self, index: int, before: Work, after: Work) -> None:
         """A request's part of a replica's work is another one now."""
         row = self._rows[index] if index < len(self._rows) else None
         if row is not None:
-            (a, b, c, d), (e, f, g, h), (i, j, k, m) = row.work, after, before
-            row.work = Work(a + e - i, b + f - j, c + g - k, d + h - m)
-            self._stale.add(index)
+            row.work = Work(
+                *[
+                    there + new - old
+                    for there, new, old in zip(row.work, after, before, strict=True)
+                ]
+            )
+            self._touch(index)
 
     def measured(self, index: int, pace: Pace) -> None:
         """A replica's pace. Costs nothing where it is the object that was given last."""
@@ -98,10 +168,11 @@ class Loads:
         if row is None or row.pace is pace:
             return
         row.pace = pace
-        self._stale.add(index)
+        self._touch(index)
         if (fastest := _faster(self._fastest, pace)) != self._fastest:
             self._fastest = fastest
             self._stale |= self._unmeasured
+            self._stale_waits |= self._unmeasured
         if None not in (pace.tokens_per_s, pace.step_s, pace.stream_s):
             self._unmeasured.discard(index)
 
@@ -110,92 +181,147 @@ class Loads:
         request: Request,
         runs: Sequence[tuple[int, int]] = (),
         lower: Mapping[int, Lower] | None = None,
+        *,
+        copies: bool = True,
     ) -> Decision:
         """The cheapest replica. There must be one.
 
-        runs: (tokens cached, the replicas that have just these, as a bit mask); the others have
-        none. lower: how many of these tokens are below the pool, by replica. O(replicas), in a
-        dozen passes over vectors.
+        runs: (tokens cached, the replicas that have just these, as a bit mask), the fewest first;
+        the others have none. lower: how many of these tokens are below the pool, by replica.
+        copies: whether tokens may be copied from replica to replica. O(replicas), in some passes
+        over vectors. Waits for places and room are computed for all only where the replica that is
+        cheapest without them has one.
         """
         self._refresh()
         size = len(self._rows)
-        cached = np.zeros(size)
+        base, answer, inverse, slope, curve = self._prices[:, :size]
+        own_s = request.tokens * inverse
         for tokens, holders in runs:
-            cached[_members(holders & (1 << size) - 1, size)] = tokens
-        base, each, streams, places, place_s, held, room, token_s = self._columns[:, :size]
-        load_s = self._load(cached, lower) if lower else {}
-        uncached = request.tokens - cached
-        crowd_s = np.minimum(np.maximum(request.samples - places, 0.0), streams) * place_s
-        lacking = np.maximum(uncached + (request.output_tokens - room), 0.0)
-        cost = base + uncached * each
-        cost += np.maximum(crowd_s, np.minimum(lacking, held) * token_s)
-        for index, seconds in load_s.items():
+            members = _members(holders, size)
+            own_s[members] = (request.tokens - tokens) * inverse[members]
+        loads = self._loads(runs, lower) if lower else {}
+        for index, (tokens, _) in loads.items():
+            own_s[index] = (request.tokens - tokens) * inverse[index]
+        uncached = own_s
+        copy = self._copy(runs, loads, base) if copies and runs else None
+        if copy is not None:
+            own_s, copy_s = copy.spare(request, own_s, inverse)
+        cost = curve * own_s
+        cost += slope
+        cost *= own_s
+        cost += base
+        cost += request.output_tokens * answer
+        if copy is not None:
+            cost += copy_s
+        for index, (_, seconds) in loads.items():
             cost[index] += seconds
-        first = int(cost.argmin())
-        few = range(size) if size <= EXPLAINED else cost.argpartition(EXPLAINED)[:EXPLAINED]
-        others = sorted((float(cost[i]), int(i)) for i in few if i != first and cost[i] < np.inf)
-        chosen = [first, *(index for _, index in others)][:EXPLAINED]
-        compared = tuple(
-            self._candidate(index, int(cached[index]), load_s.get(index, 0.0)) for index in chosen
-        )
-        return Decision(first, request, compared, self._count)
+        chosen = [int(cost.argmin())]
+        if waited_s(request, self._candidate(chosen[0], runs, loads, copy)):
+            cost += self._all_waits(request, uncached / np.maximum(inverse, 1e-300))
+            chosen = [int(cost.argmin())]
+        while len(chosen) < min(EXPLAINED, self._count):
+            cost[chosen[-1]] = np.inf
+            chosen.append(int(cost.argmin()))
+        compared = tuple(self._candidate(index, runs, loads, copy) for index in chosen)
+        source = None if copy is None else copy.source
+        return Decision(chosen[0], request, compared, self._count, source)
 
-    def _load(self, cached: Vector, lower: Mapping[int, Lower]) -> dict[int, float]:
-        """Seconds to bring tokens back into the pools; where computing them is faster, they are
-        taken out of `cached`."""
-        seconds: dict[int, float] = {}
+    def _copy(
+        self,
+        runs: Sequence[tuple[int, int]],
+        loads: Mapping[int, tuple[int, float]],
+        base: Vector,
+    ) -> _Copy | None:
+        """What can be copied from the holder of most that has least to do; None: nothing."""
+        if self.copy_bytes_per_s is None:
+            return None
+        tokens, holders = runs[-1]
+        size = len(self._rows)
+        token_bytes = self._token_bytes[:size]
+        cost = np.full(size, np.inf)
+        members = _members(holders, size)
+        cost[members] = base[members]
+        cost[token_bytes == 0.0] = np.inf
+        cost[list(loads)] = np.inf  # what is below a pool is not copied
+        source = int(cost.argmin())
+        if not cost[source] < np.inf:
+            return None
+        return _Copy(source, tokens, token_bytes / self.copy_bytes_per_s)
+
+    def _loads(
+        self, runs: Sequence[tuple[int, int]], lower: Mapping[int, Lower]
+    ) -> dict[int, tuple[int, float]]:
+        """Of replicas that have tokens below the pool: the cached tokens that count, and seconds to
+        bring them back; those that are computed sooner do not count."""
+        found: dict[int, tuple[int, float]] = {}
         for index, below in lower.items():
             row = self._rows[index] if index < len(self._rows) else None
             if row is None:
                 continue
-            each_s = self._pace(index, row).tokens_per_s
+            rate = self._pace(index, row).tokens_per_s or 1.0
+            cached, seconds = _cached(index, runs), 0.0
             for tokens, token_s in zip(below, row.pace.below, strict=True):
-                if tokens and token_s is not None and token_s * (each_s or 1.0) < CAUTION:
-                    seconds[index] = seconds.get(index, 0.0) + tokens * token_s
+                if tokens and token_s is not None and token_s * rate < CAUTION:
+                    seconds += tokens * token_s
                 else:
-                    cached[index] -= tokens
-        return seconds
+                    cached -= tokens
+            found[index] = cached, seconds
+        return found
 
-    def _candidate(self, index: int, cached_tokens: int, load_s: float) -> Candidate:
+    def _candidate(
+        self,
+        index: int,
+        runs: Sequence[tuple[int, int]],
+        loads: Mapping[int, tuple[int, float]],
+        copy: _Copy | None,
+    ) -> Candidate:
         row = self._rows[index]
         if row is None:
             raise LookupError(f"replica {index} takes no requests")
-        return Candidate(
-            index,
-            cached_tokens,
-            row.work,
-            row.places,
-            row.room,
-            self._pace(index, row),
-            load_s,
-        )
+        cached, load_s = loads.get(index) or (_cached(index, runs), 0.0)
+        pace = self._pace(index, row)
+        found = Candidate(index, cached, row.work, row.places, row.room, pace, load_s)
+        return found if copy is None else copy.of(found)
 
     def _pace(self, index: int, row: _Row) -> Pace:
         pace, fastest = row.pace, self._fastest
         if index not in self._unmeasured:
             return pace
-        return Pace(
-            pace.tokens_per_s or fastest.tokens_per_s or UNMEASURED.tokens_per_s,
-            pace.step_s or fastest.step_s or UNMEASURED.step_s,
-            pace.stream_s or fastest.stream_s or UNMEASURED.stream_s,
+        return pace._replace(
+            tokens_per_s=pace.tokens_per_s or fastest.tokens_per_s or UNMEASURED.tokens_per_s,
+            step_s=pace.step_s or fastest.step_s or UNMEASURED.step_s,
+            stream_s=pace.stream_s or fastest.stream_s or UNMEASURED.stream_s,
         )
 
     def _refresh(self) -> None:
-        """Bring the columns up to date."""
+        """Bring the prices up to date."""
+        base, answer, inverse, slope, curve = self._prices
         for index in self._stale:
             row = self._rows[index]
             if row is not None:
-                self._columns[:, index] = self._column(index, row)
+                (base[index], answer[index], inverse[index], slope[index], curve[index]) = prices(
+                    row.work, self._pace(index, row)
+                )
         self._stale.clear()
 
-    def _column(self, index: int, row: _Row) -> tuple[float, ...]:
-        """What `estimate` needs of a replica, with all divisions done."""
+    def _all_waits(self, request: Request, uncached: Vector) -> Vector:
+        """`waited_s` of every replica."""
+        for index in self._stale_waits:
+            row = self._rows[index]
+            if row is not None:
+                self._waits[:, index] = self._wait(index, row)
+        self._stale_waits.clear()
+        streams, places, place_s, held, room, token_s = self._waits[:, : len(self._rows)]
+        crowd_s = np.minimum(np.maximum(request.samples - places, 0.0), streams) * place_s
+        lacking = np.maximum(uncached + (request.output_tokens - room), 0.0)
+        waits: Vector = np.maximum(crowd_s, np.minimum(lacking, held) * token_s)
+        return waits
+
+    def _wait(self, index: int, row: _Row) -> tuple[float, ...]:
+        """What `waited_s` needs of a replica, with all divisions done."""
         work, pace = row.work, self._pace(index, row)
-        rate = pace.tokens_per_s or 1.0
         left_s = work.output_tokens / max(work.streams, 1) * (pace.step_s or 0.0)
         return (
-            work.queue_tokens / rate + work.streams * (pace.stream_s or 0.0),
-            (1.0 + SUCCESSORS + DISTURBANCE * work.streams) / rate,
             work.streams,
             row.places - work.streams if row.places else UNBOUNDED,
             left_s / row.places if row.places else 0.0,
@@ -220,8 +346,17 @@ def _best(
     return other if one is None else one if other is None else better(one, other)
 
 
+def _cached(index: int, runs: Sequence[tuple[int, int]]) -> int:
+    """Tokens that a replica has."""
+    for tokens, holders in runs:
+        if holders >> index & 1:
+            return tokens
+    return 0
+
+
 def _members(mask: int, size: int) -> npt.NDArray[np.bool_] | list[int]:
     """What selects these replicas in a vector of `size`."""
+    mask &= (1 << size) - 1
     if mask.bit_count() <= 4:
         found = []
         while mask:

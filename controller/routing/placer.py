@@ -53,11 +53,12 @@ class Placer:
         naming: PrefixNaming,
         *,
         reads_cache: bool = True,
+        copies: bool = True,
     ) -> Decision:
         """The decision for a request, which is kept.
 
         naming: of the replicas' prefixes, which is one for all. reads_cache: whether cached blocks
-        spare the request anything.
+        spare the request anything. copies: whether they may be copied from replica to replica.
         """
         keys: map[int] | tuple[()] = ()
         if reads_cache:
@@ -65,7 +66,9 @@ class Placer:
             blocks = min((len(prompt_token_ids) - 1) // naming.block_size, MAX_WALK_BLOCKS)
             digests = itertools.islice(naming.walk(tenant, prompt_token_ids), max(blocks, 0))
             keys = map(prefix_key, digests)
-        return self.choose_by_keys(tenant, request_id, keys, request, naming.block_size)
+        return self.choose_by_keys(
+            tenant, request_id, keys, request, naming.block_size, copies=copies
+        )
 
     def choose_by_keys(
         self,
@@ -74,6 +77,8 @@ class Placer:
         keys: Iterable[int],
         request: Request,
         block_size: int,
+        *,
+        copies: bool = True,
     ) -> Decision:
         """The same for a prompt whose blocks are named already."""
         found, below = self.index.lookup(keys)
@@ -82,7 +87,7 @@ class Placer:
             replica: Lower(blocks.host * block_size, blocks.disk * block_size)
             for replica, blocks in below.items()
         }
-        decision = self.loads.choose(request, runs, lower)
+        decision = self.loads.choose(request, runs, lower, copies=copies)
         self._placements.append(Placement(tenant, request_id, decision))
         _log.debug("request %r: %s", request_id, decision)
         return decision

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 FILL = 256
 """Entries of a bucket on average, at most."""
+STRIDE = 16
+"""Names of a stretch, at most."""
 
 
 class CompactTable:
@@ -37,44 +40,61 @@ class CompactTable:
             return self._values[bucket][place]
         return None
 
-    def walk(self, keys: Iterable[int]) -> Iterator[int]:
-        """The values of these names, one after the other, up to the first that has none.
+    def walk(self, keys: Iterable[int], changed: Callable[[int, int], bool]) -> int:
+        """Go through these names up to the first that has no value; how many have one.
 
-        The table must not change meanwhile.
+        changed: called with a value and the names before it whenever that is not the value of the
+        name before it; False ends the walk there. Names come in stretches of 1, 2, 4, ... `STRIDE`;
+        where the last one of a stretch still has the value before, so have all of it, without a
+        look at them. The table must not change meanwhile.
         """
         tables, values, mask = self._keys, self._values, self._mask
-        size, half = len(tables), mask >> 1
-        for key in keys:
-            bucket = key & mask
-            if bucket >= size:
-                bucket &= half
-            names = tables[bucket]
+        size, half, last, depth = len(tables), mask >> 1, -1, 0
+        coming, length = iter(keys), 1
+        while stretch := list(islice(coming, length)):
+            if length > 1 and self.get(stretch[-1]) == last:
+                depth += len(stretch)
+            else:
+                for key in stretch:
+                    bucket = key & mask
+                    if bucket >= size:
+                        bucket &= half
+                    names = tables[bucket]
+                    place = bisect_left(names, key)
+                    if place == len(names) or names[place] != key:
+                        return depth
+                    value = values[bucket][place]
+                    if value != last:
+                        if not changed(value, depth):
+                            return depth
+                        last = value
+                    depth += 1
+            length = min(2 * length, STRIDE)
+        return depth
+
+    def change(
+        self, keys: Iterable[int], marks: Iterable[int], after: Callable[[int, int], int]
+    ) -> None:
+        """Give each name, one after the other, the value ``after(its value, its mark)``; -1 stands
+        for no entry."""
+        for key, mark in zip(keys, marks, strict=True):
+            bucket = key & self._mask
+            if bucket >= len(self._keys):
+                bucket &= self._mask >> 1
+            names, values = self._keys[bucket], self._values[bucket]
             place = bisect_left(names, key)
             if place == len(names) or names[place] != key:
-                return
-            yield values[bucket][place]
-
-    def set(self, key: int, value: int) -> None:
-        """Add an entry, or change its value."""
-        bucket = self._bucket(key)
-        keys, values = self._keys[bucket], self._values[bucket]
-        place = bisect_left(keys, key)
-        if place < len(keys) and keys[place] == key:
-            values[place] = value
-            return
-        keys.insert(place, key)
-        values.insert(place, value)
-        self._count += 1
-        if self._count > len(self._keys) * FILL:
-            self._split()
-
-    def remove(self, key: int) -> None:
-        """Take an entry out. Precondition: it is there."""
-        bucket = self._bucket(key)
-        keys = self._keys[bucket]
-        place = bisect_left(keys, key)
-        del keys[place], self._values[bucket][place]
-        self._count -= 1
+                if (new := after(-1, mark)) >= 0:
+                    names.insert(place, key)
+                    values.insert(place, new)
+                    self._count += 1
+                    if self._count > len(self._keys) * FILL:
+                        self._split()
+            elif (new := after(values[place], mark)) >= 0:
+                values[place] = new
+            else:
+                del names[place], values[place]
+                self._count -= 1
 
     def replace_values(self, new: Mapping[int, int | None]) -> None:
         """Change these values everywhere; entries whose new value is None leave. O(entries)."""

@@ -164,6 +164,7 @@ def placement(decision: Decision) -> serving_pb2.Placement:
         replica_id=f"replica-{decision.replica}",
         tokens=decision.request.tokens,
         candidates=decision.candidates,
+        source_id="" if decision.source is None else f"replica-{decision.source}",
         estimates=[
             serving_pb2.PlacementEstimate(
                 replica_id=f"replica-{item.replica}",
@@ -177,6 +178,8 @@ def placement(decision: Decision) -> serving_pb2.Placement:
                 disturbance_s=item.disturbance_s,
                 cost_s=item.cost_s,
                 load_s=item.load_s,
+                copied_tokens=item.copied_tokens,
+                copy_s=item.copy_s,
             )
             for item in decision.estimates
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,9 @@ from .traces import BLOCK_TOKENS, Turn
 
 class Policy(Protocol):
     """Chooses, and is told what happens."""
+
+    watches: bool
+    """Whether it looks at the replicas' caches and paces."""
 
     def choose(self, turn: Turn) -> int:
         """The replica for a request."""
@@ -42,6 +45,8 @@ class Policy(Protocol):
 class Ours:
     """`routing.Placer`, told what the engine tells it."""
 
+    watches = True
+
     def __init__(self, replicas: Sequence[ModelledReplica], profile: Profile) -> None:
         self._placer, self._replicas = Placer(), replicas
         for replica in replicas:
@@ -58,10 +63,10 @@ class Ours:
 
     def placed(self, job: Job) -> None:
         output = self._expected(job.turn)
-        self._charge(job, Work(self._uncached, 1, output, job.turn.prompt_tokens + output))
+        self._charge(job, Work(self._uncached, 1, output, job.turn.prompt_tokens + output, 1))
 
     def first_token(self, job: Job) -> None:
-        self._charge(job, job.charged._replace(queue_tokens=0))
+        self._charge(job, job.charged._replace(queue_tokens=0, prompts=0))
 
     def ended(self, job: Job) -> None:
         self._placer.lengths.saw(job.turn.session.tenant, job.turn.output_tokens)
@@ -86,6 +91,8 @@ class Ours:
 
 class _Counting:
     """Knows how many requests each replica has."""
+
+    watches = False
 
     def __init__(self, replicas: Sequence[ModelledReplica], profile: Profile) -> None:
         self._loads = np.zeros(len(replicas), np.int64)
@@ -128,7 +135,7 @@ class PrefixHash(_Counting):
 
     def choose(self, turn: Turn) -> int:
         size = len(self._loads)
-        key = turn.keys[0] if turn.keys else turn.session.number
+        key = turn.session.names(0, 1)[0]
         place = key * 0x9E3779B97F4A7C15 % 2**64 * size >> 64
         most = math.ceil(self.BOUND * (int(self._loads.sum()) + 1) / size)
         while self._loads[place] >= most:
@@ -144,6 +151,7 @@ class CacheAware(_Counting):
     instead of a guess from what it has sent where."""
 
     MATCH, APART, TIMES = 0.3, 64, 1.5
+    watches = True
 
     def __init__(self, replicas: Sequence[ModelledReplica], profile: Profile) -> None:
         super().__init__(replicas, profile)
@@ -165,7 +173,7 @@ class CacheAware(_Counting):
         super().placed(job)
         runs = self._index.runs(job.turn.prompt_keys)
         cached = max((depth for depth, holders in runs if holders >> job.replica & 1), default=0)
-        self._coming[job] = len(job.turn.prompt_keys) - cached
+        self._coming[job] = job.turn.prompt_blocks - cached
         self._held[job.replica] += self._coming[job]
 
     def first_token(self, job: Job) -> None:
@@ -180,7 +188,7 @@ class CacheAware(_Counting):
         self._held[replica] += 2 * came - len(update.added)
 
 
-POLICIES: dict[str, Callable[[Sequence[ModelledReplica], Profile], Policy]] = {
+POLICIES: dict[str, type[Ours | RoundRobin | LeastLoaded | PrefixHash | CacheAware]] = {
     "ours": Ours,
     "round-robin": RoundRobin,
     "least-loaded": LeastLoaded,

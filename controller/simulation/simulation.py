@@ -103,8 +103,12 @@ class Simulation:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         profile = setting.profile
-        self.replicas = [ModelledReplica(index, profile) for index in range(setting.replicas)]
-        self._policy = POLICIES[setting.policy](self.replicas, profile)
+        make = POLICIES[setting.policy]
+        self.replicas = [
+            ModelledReplica(index, profile, watched=make.watches)
+            for index in range(setting.replicas)
+        ]
+        self._policy = make(self.replicas, profile)
         self._sessions = TRACES[setting.trace](setting.seed)
         self._random = Random(setting.seed)
         self._rate = arrival_rate(setting)
@@ -146,11 +150,11 @@ class Simulation:
         if not session.told:
             self._next_session(now)
         turn = session.ask(now)
-        began = time.perf_counter()
+        began = time.thread_time()
         job = Job(turn, self._policy.choose(turn))
         self._policy.placed(job)
         if self._counts:
-            self.outcome.decision_s.append(time.perf_counter() - began)
+            self.outcome.decision_s.append(time.thread_time() - began)
         job.known_tokens = BLOCK_TOKENS * self._known(turn)
         replica = self.replicas[job.replica]
         if replica.take(now, job) and replica.due is not None:
@@ -159,11 +163,11 @@ class Simulation:
     def _known(self, turn: Turn) -> int:
         """Blocks of the prompt that were in some request before; all of it is from now on."""
         session, shared = turn.session, turn.session.shared
-        if not session.known:
-            session.known = sum(key in self._seen for key in shared)
-            self._seen.update(shared)
-        known = min(session.known, len(turn.prompt_keys))
-        session.known = len(turn.keys)
+        if shared and not session.known:
+            session.known = len(shared) if shared[0] in self._seen else 0
+            self._seen.add(shared[0])
+        known = min(session.known, turn.prompt_blocks)
+        session.known = turn.full_blocks
         return known
 
     @property

@@ -25,14 +25,27 @@ class Turn:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
-    keys: list[int]
-    """Names of the full blocks of prompt and answer, in order."""
     last: bool
 
     @property
+    def prompt_blocks(self) -> int:
+        """How many blocks can be looked up: all full ones of the prompt but for the last token."""
+        return (self.prompt_tokens - 1) // BLOCK_TOKENS
+
+    @property
+    def full_blocks(self) -> int:
+        """Full blocks of prompt and answer."""
+        return (self.prompt_tokens + self.output_tokens) // BLOCK_TOKENS
+
+    @property
+    def keys(self) -> list[int]:
+        """Names of the full blocks, in order."""
+        return self.session.names(0, self.full_blocks)
+
+    @property
     def prompt_keys(self) -> list[int]:
-        """The blocks that can be looked up: all full ones of the prompt but for the last token."""
-        return self.keys[: (self.prompt_tokens - 1) // BLOCK_TOKENS]
+        """Names of those that can be looked up."""
+        return self.session.names(0, self.prompt_blocks)
 
 
 @dataclass(slots=True)
@@ -42,25 +55,29 @@ class Session:
     number: int
     tenant: str
     shared: list[int]
-    """Blocks that it begins with, which other sessions have too."""
+    """Blocks that it begins with, which other sessions have too. Two such lists are equal or have
+    nothing in common."""
     turns: list[tuple[int, int, float]]
     """(new prompt tokens, output tokens, seconds before the question) of each turn."""
     told: int = 0
     """Tokens of the conversation so far."""
     known: int = 0
     """Full blocks of it that were computed before, by whomever."""
-    _own: list[int] = field(default_factory=list)
+    _names: list[int] = field(default_factory=list)
 
     def ask(self, now: float) -> Turn:
         """The next turn."""
         prompt, output, _ = self.turns.pop(0)
         told = (self.told or len(self.shared) * BLOCK_TOKENS) + prompt
         self.told = told + output
-        blocks = self.told // BLOCK_TOKENS - len(self.shared)
-        if len(self._own) < blocks:
-            self._own = _names(self.number, 2 * blocks)
-        keys = self.shared + self._own[:blocks]
-        return Turn(self, now, told, output, keys, last=not self.turns)
+        return Turn(self, now, told, output, not self.turns)
+
+    def names(self, start: int, stop: int) -> list[int]:
+        """Of these blocks of the conversation; made when they are first asked for."""
+        if len(self._names) < stop:
+            own = stop - len(self.shared)
+            self._names = self.shared + (_names(self.number, own + own // 4 + 2) if own > 0 else [])
+        return self._names[start:stop]
 
     @property
     def pause_s(self) -> float:
@@ -68,14 +85,27 @@ class Session:
         return self.turns[0][2]
 
 
+_WORD = 2**64 - 1
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
 def _names(seed: int, count: int) -> list[int]:
     """Names that no other seed has (splitmix64: Steele, Lea and Flood 2014)."""
+    if count < 12:
+        first = (seed + 1) << 20
+        return [_mixed((first + place) * _GAMMA & _WORD) for place in range(1, count + 1)]
     word = np.arange(1, count + 1, dtype=np.uint64) + np.uint64((seed + 1) << 20)
-    word = word * np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word = word * np.uint64(_GAMMA)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(_FIRST)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(_SECOND)
     names: list[int] = (word ^ (word >> np.uint64(31))).tolist()
     return names
+
+
+def _mixed(word: int) -> int:
+    word = (word ^ word >> 30) * _FIRST & _WORD
+    word = (word ^ word >> 27) * _SECOND & _WORD
+    return word ^ word >> 31
 
 
 def _lognormal(random: Random, median: float, sigma: float, most: int) -> int:

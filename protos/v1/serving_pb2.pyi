@@ -42,19 +42,21 @@ class Move(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., source_id: _Optional[str] = ..., target_id: _Optional[str] = ..., moved: bool = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., gap_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("replica_id", "tokens", "candidates", "estimates")
+    __slots__ = ("replica_id", "tokens", "candidates", "estimates", "source_id")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATES_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     tokens: int
     candidates: int
     estimates: _containers.RepeatedCompositeFieldContainer[PlacementEstimate]
-    def __init__(self, replica_id: _Optional[str] = ..., tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., estimates: _Optional[_Iterable[_Union[PlacementEstimate, _Mapping]]] = ...) -> None: ...
+    source_id: str
+    def __init__(self, replica_id: _Optional[str] = ..., tokens: _Optional[int] = ..., candidates: _Optional[int] = ..., estimates: _Optional[_Iterable[_Union[PlacementEstimate, _Mapping]]] = ..., source_id: _Optional[str] = ...) -> None: ...
 
 class PlacementEstimate(_message.Message):
-    __slots__ = ("replica_id", "cached_tokens", "queue_tokens", "streams", "tokens_per_s", "prefill_s", "streams_s", "wait_s", "disturbance_s", "cost_s", "load_s")
+    __slots__ = ("replica_id", "cached_tokens", "queue_tokens", "streams", "tokens_per_s", "prefill_s", "streams_s", "wait_s", "disturbance_s", "cost_s", "load_s", "copied_tokens", "copy_s")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,8 @@ class PlacementEstimate(_message.Message):
     DISTURBANCE_S_FIELD_NUMBER: _ClassVar[int]
     COST_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    COPIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COPY_S_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     cached_tokens: int
     queue_tokens: int
@@ -77,7 +81,9 @@ class PlacementEstimate(_message.Message):
     disturbance_s: float
     cost_s: float
     load_s: float
-    def __init__(self, replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., streams_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., disturbance_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., load_s: _Optional[float] = ...) -> None: ...
+    copied_tokens: int
+    copy_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., streams_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., disturbance_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., load_s: _Optional[float] = ..., copied_tokens: _Optional[int] = ..., copy_s: _Optional[float] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

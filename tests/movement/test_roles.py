@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phalanx.controller.routing.router import Work
-from phalanx.protos.errors import Unavailable
+from phalanx.protos.errors import TransferFailed, Unavailable
 
 PROMPT = [17 + 3 * place for place in range(70)]
 PARAMS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 5, "n": 2}, {"max_tokens": 1}]
@@ -42,13 +42,25 @@ def test_prompts_are_computed_here_and_answers_there(
     play(str(tiny_llama()), work, {"prefill": 1})
 
 
+@pytest.mark.parametrize("fails", [False, True])
 def test_what_another_replica_has_cached_is_copied_not_computed(
-    tiny_llama: Callable[..., Path], play: Callable[..., None]
+    tiny_llama: Callable[..., Path],
+    play: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
 ) -> None:
-    """Here every copy counts as fast, and the holder takes no more requests, as if too busy."""
+    """Here every copy counts as fast, and the holder has too much to do. Where a copy fails, the
+    request is placed anew, without one."""
+    monkeypatch.setattr("phalanx.controller.routing.loads.COPY_START_S", 0.0)
+    monkeypatch.setattr("phalanx.controller.routing.loads.COPY_MARGIN", 1e9)
+
+    async def fail(*_: Any) -> None:
+        raise TransferFailed("cut off")
+
+    if fails:
+        monkeypatch.setattr("phalanx.controller.movement.mover._Run.copy_prefix", fail)
 
     async def work(scene: Any) -> None:
-        scene.engine._movement._worth = lambda *_: True
         for index in (0, 1):
             await scene.start(index, 1 + index)
         scene.close(1)
@@ -60,9 +72,18 @@ def test_what_another_replica_has_cached_is_copied_not_computed(
         again, task = scene.ask("again", PROMPT, max_tokens=12)
         await task
         assert again.tokens == first.tokens
-        assert again.cached == 68  # of 70 tokens, the blocks of 4 before the last
         [move] = [move for move in moves if move.reason == "prefix"]
-        assert (move.source, move.target, move.outcome) == (0, 1, "moved")
+        assert (move.source, move.target) == (0, 1)
+        decisions = [
+            item.decision for item in scene.engine.placements() if item.request_id == "again"
+        ]
+        # of 70 tokens, the blocks of 4 before the last
+        assert decisions[0].source == 0 and decisions[0].estimates[0].copied_tokens == 68
+        if fails:
+            assert move.outcome == "failed" and again.cached == 0
+            assert decisions[1].replica == 1 and not decisions[1].estimates[0].copied_tokens
+        else:
+            assert move.outcome == "moved" and again.cached == 68 and len(decisions) == 1
         for _, task in busy:
             await task
         await scene.settle()

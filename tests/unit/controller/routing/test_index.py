@@ -16,7 +16,7 @@ from phalanx.controller.kvcache.manager import KVCacheManager
 from phalanx.controller.kvcache.rates import MoveRates
 from phalanx.controller.kvcache.tiers import LowerTiers
 from phalanx.controller.routing.index import GlobalPrefixIndex, Lower
-from phalanx.controller.routing.table import FILL, CompactTable
+from phalanx.controller.routing.table import FILL, STRIDE, CompactTable
 from phalanx.protos.moves import Moved
 
 TENANTS = ["a", "b"]
@@ -151,33 +151,36 @@ def listing(keys: list[int], epoch: int = 0, tiers: Sequence[int] = ()) -> Prefi
 
 
 @given(
-    st.dictionaries(st.integers(0, 70), st.sets(st.integers(0, 9)), max_size=5),
-    st.lists(st.integers(0, 9), max_size=8, unique=True),
+    st.dictionaries(st.integers(0, 70), st.tuples(st.integers(0, 99), st.booleans()), max_size=6),
+    st.integers(0, 90),
 )
-def test_runs_are_the_longest_from_the_start(held: dict[int, set[int]], asked: list[int]) -> None:
-    index = GlobalPrefixIndex()
-    for replica, keys in held.items():
-        assert index.apply(replica, listing(sorted(keys)))
-    found = index.runs(iter(asked))
+def test_runs_are_the_longest_from_the_start(held: dict[int, tuple[int, bool]], asked: int) -> None:
+    """Replicas hold so many of the first blocks; some also what is behind, without its beginning."""
+    index, keys = GlobalPrefixIndex(), [prefix_key(Random(key).randbytes(8)) for key in range(100)]
+    for replica, (count, other) in held.items():
+        assert index.apply(replica, listing(keys[:count] + [7] * other))
+    found = index.runs(iter(keys[:asked]))
     assert [depth for depth, _ in found] == sorted({depth for depth, _ in found})
     runs = {
         replica: sum(depth for depth, holders in found if holders >> replica & 1)
         for replica in range(71)
     }
-    for replica, keys in held.items():
-        run = 0
-        while run < len(asked) and asked[run] in keys:
-            run += 1
-        assert runs[replica] == run
+    for replica in range(71):
+        assert runs[replica] == min(held.get(replica, (0, False))[0], asked)
 
 
-def test_no_key_is_asked_for_beyond_what_anybody_holds() -> None:
+def test_few_keys_are_asked_for_beyond_what_anybody_holds() -> None:
     index = GlobalPrefixIndex()
     index.apply(0, listing([1, 2]))
     index.apply(1, listing([1]))
-    asked = iter([1, 2, 3, 4, 5])
+    asked = iter(range(1, 99))
     assert index.runs(asked) == [(1, 0b10), (2, 0b01)]
     assert next(asked) == 4, "hashing the rest would be in vain"
+    nobody = iter(range(50, 99))
+    assert index.runs(nobody) == [] and next(nobody) == 51
+    index.apply(2, listing(list(range(1, 70))))
+    asked = iter(range(1, 999))
+    assert index.runs(asked)[-1] == (69, 0b100) and next(asked) <= 70 + STRIDE
 
 
 def test_a_gap_is_noticed_and_healed_by_a_listing() -> None:
@@ -256,18 +259,18 @@ def test_what_is_below_the_pool_is_counted_as_far_as_a_run_goes() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=200), st.integers(1, 4))
+@settings(deadline=None, max_examples=50)
 def test_the_table_is_a_dictionary(changes: list[tuple[int, int]], spread: int) -> None:
     table, model = CompactTable(), dict[int, int]()
-    for index in range(3 * FILL * spread):
-        table.set(index * 7, 9)
-        model[index * 7] = 9
+    keys = range(0, 21 * FILL * spread, 7)
+    table.change(keys, [9] * len(keys), lambda before, mark: mark)
+    model.update(dict.fromkeys(keys, 9))
     for key, value in changes:
+        table.change([key], [value], lambda before, mark: mark or -1)
         if value:
-            table.set(key, value)
             model[key] = value
-        elif key in model:
-            table.remove(key)
-            del model[key]
+        else:
+            model.pop(key, None)
         assert table.get(key) == model.get(key)
     table.replace_values({9: 2, 1: None})
     model = {key: 2 if value == 9 else value for key, value in model.items() if value != 1}

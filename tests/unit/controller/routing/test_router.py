@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.controller.observing import Silent, StepTimes
@@ -14,8 +13,9 @@ from phalanx.controller.routing.index import Lower
 from phalanx.controller.routing.loads import EXPLAINED, Loads
 from phalanx.controller.routing.pace import Pace, PaceMeter
 from phalanx.controller.routing.router import (
-    DISTURBANCE,
-    SUCCESSORS,
+    COPY_START_S,
+    DISPLACED,
+    PATIENCE,
     Candidate,
     Decision,
     Request,
@@ -30,6 +30,7 @@ WORK = st.builds(
     streams=st.integers(0, 100),
     output_tokens=st.integers(0, 10_000),
     kv_tokens=st.integers(0, 10_000),
+    prompts=st.integers(0, 20),
 )
 CANDIDATES = st.lists(
     st.builds(
@@ -44,8 +45,11 @@ CANDIDATES = st.lists(
             tokens_per_s=st.floats(1.0, 1e5),
             step_s=st.floats(1e-3, 1.0),
             stream_s=st.floats(1e-5, 0.1),
+            base_s=st.floats(0.0, 0.1),
         ),
         load_s=st.just(0.0),
+        copied_tokens=st.just(0),
+        copy_s=st.just(0.0),
     ),
     min_size=1,
     max_size=12,
@@ -108,20 +112,43 @@ def test_what_is_charged_and_given_back_leaves_no_trace(
 
 
 def test_the_formula() -> None:
-    busy = Candidate(
-        replica=0, cached_tokens=40, work=Work(60, 8, 800, 0), places=8, pace=PACE
-    )  # fmt: skip
-    item = estimate(Request(100), busy)
-    assert item.prefill_s == 0.12
-    assert estimate(Request(100), busy._replace(load_s=0.5)).cost_s == item.cost_s + 0.5
-    assert item.streams_s == 0.008
+    pace = PACE._replace(base_s=0.003)
+    busy = Candidate(replica=0, cached_tokens=40, work=Work(60, 8, 800, 0), places=8, pace=pace)
+    item = estimate(Request(100, output_tokens=50), busy)
+    assert item.prefill_s == pytest.approx(0.12)
+    loading = busy._replace(load_s=0.5)
+    assert estimate(Request(100, output_tokens=50), loading).cost_s == item.cost_s + 0.5
+    assert item.streams_s == pytest.approx(1.5 * (0.003 + 0.008)), "half a step runs yet"
+    begun = busy._replace(work=Work(60, 8, 800, 0, prompts=2))
+    assert estimate(Request(100), begun).prefill_s == pytest.approx(0.045 + 0.06)
+    assert estimate(Request(100), begun).streams_s == pytest.approx(0.003 + 0.008)
     # one of eight must end; a mean of 100 tokens of 0.02 s are left to each
     assert item.wait_s == 0.25
-    # eight streams wait for 60 tokens, and so does whoever comes next
-    assert item.disturbance_s == pytest.approx((SUCCESSORS + DISTURBANCE * 8) * 0.06)
+    # eight streams of 4 s on average: two come in a second. Those of the 60 ms of the queue wait
+    # for all of the prompt's 60 ms, those of its own time for half of it
+    later_s = 2 * 0.06 * 0.06 + 2 * 0.06 * 0.06 / 2
+    # eight streams stand still for the prompt; their 50 next tokens and its own 50 take longer
+    there_s = PATIENCE * 8 * (0.06 + 2 * 50 * 0.001)
+    assert item.disturbance_s == pytest.approx(DISPLACED * 0.06 + later_s + there_s)
     full = busy._replace(places=None, room=1000, work=Work(60, 8, 800, 900))
     # 60 and 100 tokens are needed, 100 are free, and 900 come back in 100 steps
     assert estimate(Request(100, output_tokens=100), full).wait_s == pytest.approx(60 / 900 * 2)
+
+
+@given(WORK, st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_who_comes_later_waits_as_in_a_simulated_queue(work: Work, tokens: int) -> None:
+    """The formula's `arrivals * own * (queue + own / 2)` against arrivals counted one by one."""
+    item = estimate(Request(tokens), Candidate(0, work=work, pace=PACE))
+    rate = work.streams**2 / (2 * work.output_tokens * 0.02) if work.output_tokens else 0.0
+    queue_s, own_s, steps = work.ahead / 1000, tokens / 1000, 1000
+    waited_s = 0.0
+    for step in range(steps):
+        now = (step + 0.5) / steps * (queue_s + own_s)
+        # what is left of the prompt for somebody who comes now
+        waited_s += min(own_s, queue_s + own_s - now) * rate * (queue_s + own_s) / steps
+    expected = waited_s + (DISPLACED + PATIENCE * work.streams) * own_s
+    assert item.disturbance_s == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -159,7 +186,7 @@ def test_a_holder_without_room_is_passed_over() -> None:
 
 def test_long_prompts_keep_away_from_many_streams() -> None:
     idle = Candidate(replica=1, work=Work(10), pace=PACE)
-    talking = Candidate(replica=0, work=Work(0, 4), pace=dataclasses.replace(PACE, stream_s=1e-5))
+    talking = Candidate(replica=0, work=Work(0, 4), pace=PACE._replace(stream_s=1e-5))
     assert route(Request(20), [talking, idle]).replica == 0
     assert route(Request(900), [talking, idle]).replica == 1
 
@@ -188,16 +215,84 @@ def test_the_meter_tells_prompt_work_from_streams() -> None:
     meter = PaceMeter(Silent())
     assert meter.pace == Pace()
     meter.on_step(step(4, 4, 0.04))
-    assert meter.pace == Pace(None, 0.04, 0.01)
+    assert meter.pace == Pace(None, 0.04, 0.01), "of one point, all is the streams'"
+    meter = PaceMeter(Silent())
+    for streams in (1, 8):
+        meter.on_step(step(streams, streams, 0.01))
     for _ in range(200):
-        meter.on_step(step(1, 500, 0.25))
-        meter.on_step(step(1, 2, 0.001))
+        meter.on_step(step(1, 500, 0.26))
+        meter.on_step(step(1, 2, 0.011))
     rate = meter.pace.tokens_per_s
-    assert rate is not None and abs(rate - 502 / 0.251) < 120, "short chunks weigh less"
-    assert meter.pace.step_s == 0.04
+    assert rate is not None and abs(rate - 2000) < 20, "0.01 s of each step are not the prompt's"
+    assert meter.pace.step_s == 0.01 and meter.pace.base_s == pytest.approx(0.01)
     for _ in range(200):
-        meter.on_step(step(1, 100, 0.1))
+        meter.on_step(step(1, 100, 0.11))
     assert abs((meter.pace.tokens_per_s or 0) - 1000) < 1, "what is long past does not count"
+
+
+@given(st.floats(0.001, 0.1), st.floats(0, 0.01), st.floats(10, 1e5))
+@settings(deadline=None, max_examples=30)
+def test_the_meter_finds_the_line_that_steps_are_on(
+    base_s: float, stream_s: float, rate: float
+) -> None:
+    meter, random = PaceMeter(Silent()), Random(0)
+    for _ in range(300):
+        streams = random.randint(1, 40)
+        meter.on_step(step(streams, streams, base_s + stream_s * streams))
+    pace = meter.pace
+    assert pace.base_s == pytest.approx(base_s, rel=1e-6)
+    assert pace.stream_s == pytest.approx(stream_s, rel=1e-6, abs=1e-9)
+    for _ in range(300):
+        streams, tokens = random.randint(0, 40), random.randint(1000, 5000)
+        seconds = base_s + stream_s * streams + tokens / rate
+        if tokens / rate > 0.2 * seconds:
+            meter.on_step(step(streams + 1, streams + tokens, seconds))
+    if meter.pace.tokens_per_s is not None:
+        assert meter.pace.tokens_per_s == pytest.approx(rate, rel=1e-6)
+
+
+def test_a_prefix_that_can_be_copied_makes_others_as_good_as_its_holder() -> None:
+    """A token takes 1 ms to compute and 0.1 ms to copy."""
+
+    def loads(queued: int, bytes_per_s: float | None) -> Loads:
+        loads = Loads()
+        for index in range(3):
+            loads.join(index, token_bytes=1e4)
+            loads.measured(index, PACE)
+        loads.charge(2, Work(), Work(queued))
+        loads.copy_bytes_per_s = bytes_per_s
+        return loads
+
+    runs, request = [(200, 0b010), (900, 0b100)], Request(1000)
+    assert loads(500, None).choose(request, runs).replica == 2, "0.7 s with all that it holds"
+    assert loads(500, 1e8).choose(request, runs, copies=False).replica == 2
+    decision = loads(500, 1e8).choose(request, runs)
+    assert (decision.replica, decision.source) == (1, 2)
+    first, second = decision.estimates[:2]
+    assert (first.cached_tokens, first.copied_tokens) == (200, 700)
+    assert first.copy_s == pytest.approx(COPY_START_S + 700 * 1e-4)
+    assert first.predicted_s == pytest.approx(first.copy_s + 0.1)
+    assert (second.replica, second.copied_tokens) == (0, 900)
+    assert decision.uncached_tokens == 800, "until it is there"
+    assert loads(150, 1e8).choose(request, runs).replica == 1, "0.29 s beside 0.35"
+    assert loads(50, 1e8).choose(request, runs).replica == 2, "the holder is sooner than any copy"
+    slow = loads(1450, 1.5e7).choose(request, runs)
+    assert slow.replica == 1 and not any(item.copied_tokens for item in slow.estimates)
+    short = loads(500, 1e8).choose(Request(60), [(50, 0b100)])
+    assert not any(item.copied_tokens for item in short.estimates)
+
+
+def test_nothing_is_copied_from_or_to_a_replica_that_cannot() -> None:
+    loads = Loads()
+    for index, token_bytes in enumerate((0.0, 1e4, 1e4)):
+        loads.join(index, token_bytes=token_bytes)
+        loads.measured(index, PACE)
+    loads.copy_bytes_per_s = 1e8
+    assert loads.choose(Request(1000), [(900, 0b001)]).source is None
+    predicted = loads.choose(Request(1000), [(900, 0b010)]).estimates
+    assert {item.replica: item.copied_tokens for item in predicted} == {0: 0, 1: 0, 2: 900}
+    below = {1: Lower(900, 0)}
+    assert loads.choose(Request(1000), [(900, 0b010)], below).source is None
 
 
 def test_what_is_below_the_pool_costs_its_load_or_counts_for_nothing() -> None:
