@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,103 +30,6 @@ from phalanx.workers.shared_memory import supported
 Address = tuple[str, int]
 PROMPTS = {7: [5, 17, 300, 44, 9, 9, 81], 8: [400, 3, 77]}
 NEW_TOKENS = 10
-
-RANK = """
-import json, os, socket, sys, time
-from pathlib import Path
-from types import SimpleNamespace
-
-from phalanx.protos.wire import Hello
-from phalanx.workers.group import build_engine
-from phalanx.workers.serve import serve_rank
-
-told = json.load(sys.stdin)
-rank, port = told["rank"], Path(told["folder"]) / "port"
-listener = None
-if rank == 0:
-    listener = socket.create_server(("127.0.0.1", 0))
-    part = port.with_suffix(".part")
-    part.write_text(str(listener.getsockname()[1]))
-    part.rename(port)
-while not port.exists():
-    time.sleep(0.01)
-rendezvous = SimpleNamespace(
-    host="127.0.0.1",
-    port=int(port.read_text()),
-    collectives=told["collectives"],
-    threads=1,
-    timeout_s=30.0,
-)
-serve_rank(
-    tuple(told["address"]),
-    Hello(rank, told["epoch"], bytes.fromhex(told["secret"])),
-    lambda spec: build_engine(spec, rank, rendezvous, listener),
-    own_process=True,
-)
-"""
-
-
-class Processes:
-    """Mains of a `LocalFleet` whose ranks are processes."""
-
-    def __init__(self, folder: Path, count: int, collectives: str) -> None:
-        self._folder, self._count, self._collectives = folder, count, collectives
-        self.ranks: dict[int, subprocess.Popen[bytes]] = {}
-
-    def mains(self) -> list[Callable[[Address, Hello], None]]:
-        return [self.main] * self._count
-
-    def main(self, address: Address, hello: Hello) -> None:
-        told = {
-            "rank": hello.rank,
-            "folder": str(self._folder),
-            "collectives": self._collectives,
-            "address": address,
-            "epoch": hello.epoch,
-            "secret": hello.secret.hex(),
-        }
-        rank = self.ranks[hello.rank] = subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-        )
-        rank.communicate(json.dumps(told).encode())
-
-    def kill(self) -> None:
-        for rank in self.ranks.values():
-            rank.kill()
-            rank.wait()
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Callable[[int, str], Processes]]:
-    made: list[Processes] = []
-
-    def make(count: int, collectives: str) -> Processes:
-        made.append(Processes(tmp_path, count, collectives))
-        return made[-1]
-
-    yield make
-    for group in made:
-        group.kill()
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., LocalFleet]]:
-    """`start(spec, mains)`: a fleet that is ready, and stopped at the end of the test."""
-    fleets: list[LocalFleet] = []
-
-    def make(spec: WorkerSpec, mains: list[Any]) -> LocalFleet:
-        fleet = LocalFleet(mains, start_timeout_s=120)
-        fleets.append(fleet)
-        facts = fleet.start(spec, lambda rank, done, total: None)
-        assert [fact.rank for fact in facts] == list(range(len(mains)))
-        return fleet
-
-    yield make
-    for fleet in fleets:
-        fleet.stop()
 
 
 def spec_of(folder: Path, tp_size: int, pp_size: int = 1) -> WorkerSpec:
@@ -203,7 +103,7 @@ def in_process(folder: Path) -> dict[int, list[int]]:
 )
 def test_two_processes_give_the_tokens_of_one_engine(
     tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Processes],
+    processes: Callable[[int, str], Any],
     start: Callable[..., LocalFleet],
     collectives: str,
 ) -> None:
@@ -224,7 +124,7 @@ def test_two_processes_give_the_tokens_of_one_engine(
 )
 def test_stages_of_processes_give_the_tokens_of_one_engine(
     tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Processes],
+    processes: Callable[[int, str], Any],
     start: Callable[..., LocalFleet],
     pp_size: int,
     tp_size: int,
@@ -261,7 +161,7 @@ def test_rank_threads_give_the_tokens_of_one_engine(
 @pytest.mark.parametrize(("pp_size", "tp_size"), [(1, 2), (2, 1)])
 def test_a_killed_rank_is_named(
     tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Processes],
+    processes: Callable[[int, str], Any],
     start: Callable[..., LocalFleet],
     victim: int,
     pp_size: int,
@@ -286,7 +186,7 @@ def test_a_killed_rank_is_named(
 )
 def test_a_rank_that_dies_of_itself_says_so(
     tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Processes],
+    processes: Callable[[int, str], Any],
     start: Callable[..., LocalFleet],
     number: signal.Signals,
     words: str,
@@ -306,7 +206,7 @@ def test_a_rank_that_dies_of_itself_says_so(
 
 def test_a_rank_with_an_error_of_its_own_says_so(
     tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Processes],
+    processes: Callable[[int, str], Any],
     start: Callable[..., LocalFleet],
 ) -> None:
     """Its peers complain of it as well."""

@@ -44,7 +44,9 @@ class EchoRank:
 
 
 class EchoFleet:
-    """A group of one such rank. It can be killed."""
+    """A group of one such rank, which exchanges no blocks. It can be killed."""
+
+    exchange = None
 
     def __init__(self) -> None:
         self.rank, self.killed = EchoRank(), False
