@@ -300,7 +300,7 @@ def test_a_rank_that_dies_of_itself_says_so(
 
 def test_a_rank_with_an_error_says_so(tiny_llama: Any, processes: Any, start: Any) -> None:
     fleet = start(spec_of(tiny_llama(), 2, 1), processes(2, "gloo").mains())
-    wrong = StepPlan(epoch=0, step=0, finished=[], new=[], copies=[], rows=[Row(99, 1, [0])])
+    wrong = StepPlan(epoch=3, step=0, finished=[], new=[], copies=[], rows=[Row(99, 1, [0])])
     with pytest.raises(GroupLost, match="sequence 99") as lost:
         over_sockets(fleet)(wrong)
     assert lost.value.crashed
