@@ -180,21 +180,15 @@ def test_a_killed_rank_is_named(
     assert not lost.value.crashed, "somebody has killed it"
 
 
-@pytest.mark.parametrize(
-    ("number", "words", "victim"),
-    [(signal.SIGSEGV, "Segmentation fault", 0), (signal.SIGABRT, "Aborted", 1)],
-)
+DEATHS = [(signal.SIGSEGV, "Segmentation fault", 0), (signal.SIGABRT, "Aborted", 1)]
+
+
+@pytest.mark.parametrize(("number", "words", "victim"), DEATHS)
 def test_a_rank_that_dies_of_itself_says_so(
-    tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Any],
-    start: Callable[..., LocalFleet],
-    number: signal.Signals,
-    words: str,
-    victim: int,
+    tiny_llama: Any, processes: Any, start: Any, number: signal.Signals, words: str, victim: int
 ) -> None:
-    group = processes(2, "gloo")
+    group, steps = processes(2, "gloo"), plans()
     fleet = start(spec_of(tiny_llama(), 2, 1), group.mains())
-    steps = plans()
     over_sockets(fleet)(next(steps))
     group.ranks[victim].send_signal(number)
     with pytest.raises(GroupLost, match=f"rank {victim}: died: {words}") as lost:
@@ -204,14 +198,9 @@ def test_a_rank_that_dies_of_itself_says_so(
     assert group.ranks[victim].wait() == -number
 
 
-def test_a_rank_with_an_error_of_its_own_says_so(
-    tiny_llama: Callable[..., Path],
-    processes: Callable[[int, str], Any],
-    start: Callable[..., LocalFleet],
-) -> None:
-    """Its peers complain of it as well."""
+def test_a_rank_with_an_error_says_so(tiny_llama: Any, processes: Any, start: Any) -> None:
     fleet = start(spec_of(tiny_llama(), 2, 1), processes(2, "gloo").mains())
-    wrong = StepPlan(epoch=0, step=0, finished=[], new=[], copies=[], rows=[Row(99, 1, [0])])
+    wrong = StepPlan(epoch=3, step=0, finished=[], new=[], copies=[], rows=[Row(99, 1, [0])])
     with pytest.raises(GroupLost, match="sequence 99") as lost:
         over_sockets(fleet)(wrong)
     assert lost.value.crashed

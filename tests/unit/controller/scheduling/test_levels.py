@@ -157,8 +157,7 @@ def first_token_times(*, greedy: bool, rate: float, prompt: int, served: list[in
     while now < SECONDS:
         while arrivals and arrivals[0][0] <= now:
             at, tenant = arrivals.popleft()
-            name = f"{tenant}{len(born)}"
-            born[name] = at
+            born[name := f"{tenant}{len(born)}"] = at
             group = [
                 Request(
                     request_id=name,
