@@ -42,35 +42,13 @@ static Matrix* new_matrix(Backend* b, int64_t out, int64_t in, int32_t type, int
     auto* m = (Matrix*)b->arena.take(sizeof(Matrix));
     *m = {out, in, (in + per_word - 1) / per_word, (out + kPanel - 1) / kPanel, type,
           nullptr, nullptr, nullptr, nullptr};
-    m->data = (uint32_t*)b->arena.take(m->panels * m->units * kPanel * 4);
+    m->data = (uint32_t*)b->arena.take(m->panels * m->units * kPanel * 4, false);
     m->bias = (float*)b->arena.take(m->panels * kPanel * 4);
     if (type == kInt8) {
         m->scales = (float*)b->arena.take(m->panels * kPanel * 4);
         m->sums = (int32_t*)b->arena.take(m->panels * kPanel * 4);
     }
     return m;
-}
-
-// The 32-bit word of inputs [unit * per_word, ...) of one output; absent inputs are zeros.
-static uint32_t word_of(const char* row, int64_t in, int64_t unit, int64_t per_word) {
-    int64_t bytes = 4 / per_word, first = unit * per_word;
-    uint32_t word = 0;
-    std::memcpy(&word, row + first * bytes, bytes * least(per_word, in - first));
-    return word;
-}
-
-static void pack_rows(Matrix* m, const char* weight, int64_t row_bytes, int64_t per_word,
-                      int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-        uint32_t* panel = m->data + p * m->units * kPanel;
-        int64_t count = least(kPanel, m->out - p * kPanel);
-        for (int64_t u = 0; u < m->units; u++) {
-            for (int64_t i = 0; i < count; i++) {
-                const char* row = weight + (p * kPanel + i) * row_bytes;
-                panel[u * kPanel + i] = word_of(row, m->in, u, per_word);
-            }
-        }
-    }
 }
 
 // Rows of panel p as levels [32, units * 4], with their scales and the sums that undo kUnsigned.
@@ -98,15 +76,16 @@ PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_
     if (bias) std::memcpy(m->bias, bias, out * 4);
     b->pool.run([&](Team& team) {
         team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
-            if (packed != kInt8) {
-                pack_rows(m, (const char*)weight, in * type_bytes(type), per_word, begin, end);
-                return;
-            }
-            int64_t bytes = m->units * 4;
+            int64_t bytes = packed == kInt8 ? m->units * 4 : in * type_bytes(type);
             auto* levels = (int8_t*)b->scratch[team.thread].get(kPanel * bytes);
             for (int64_t p = begin; p < end; p++) {
-                quantize_panel(b, m, (const char*)weight, type, p, levels);
-                pack_rows(m, (const char*)levels - p * kPanel * bytes, bytes, 4, p, p + 1);
+                const char* rows = (const char*)weight + p * kPanel * bytes;
+                if (packed == kInt8) {
+                    quantize_panel(b, m, (const char*)weight, type, p, levels);
+                    rows = (const char*)levels;
+                }
+                b->isa->pack_panel(rows, bytes, least(kPanel, out - p * kPanel), bytes, m->units,
+                                   m->data + p * m->units * kPanel);
             }
         });
     });

@@ -30,7 +30,7 @@ Arena::~Arena() {
     for (void* chunk : chunks_) std::free(chunk);
 }
 
-void* Arena::take(int64_t bytes) {
+void* Arena::take(int64_t bytes, bool zeroed) {
     bytes = round_up(most(bytes, 1), kLine);
     if (end_ - next_ < bytes) {
         // small models get small chunks, large ones few
@@ -41,7 +41,7 @@ void* Arena::take(int64_t bytes) {
     }
     void* p = next_;
     next_ += bytes;
-    std::memset(p, 0, bytes);
+    if (zeroed) std::memset(p, 0, bytes);
     return p;
 }
 

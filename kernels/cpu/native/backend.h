@@ -9,7 +9,7 @@ namespace phalanx {
 class Arena {
   public:
     ~Arena();
-    void* take(int64_t bytes);  // aligned to a cache line, zeroed
+    void* take(int64_t bytes, bool zeroed = true);  // aligned to a cache line
 
   private:
     std::vector<void*> chunks_;

@@ -107,6 +107,10 @@ struct Isa {
                             void* out, int64_t out_stride, int32_t out_type, int64_t begin,
                             int64_t end);
     Matmul matmul_float, matmul_bf16;
+    // A panel [units][32] of `count` rows of so many bytes, `row_bytes` apart; zeros where there is
+    // no row or no input.
+    void (*pack_panel)(const char* rows, int64_t row_bytes, int64_t count, int64_t bytes,
+                       int64_t units, uint32_t* panel);
     // One row to bytes round(x / scale) + zero, and zeros up to `padded`; returns its scale,
     // largest |x| / 127, which is NaN where a number is not finite.
     float (*quantize)(const void* x, int32_t type, int64_t size, int64_t padded, int32_t zero,

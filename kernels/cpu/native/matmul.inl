@@ -131,6 +131,26 @@ struct Fetching {
     }
 };
 
+static void pack_panel(const char* rows, int64_t row_bytes, int64_t count, int64_t bytes,
+                       int64_t units, uint32_t* panel) {
+    for (int64_t first = 0; first < kPanel; first += kWidth) {
+        int64_t present = most(least(count - first, kWidth), 0), u = 0;
+        const char* own[kWidth];
+        for (int64_t i = 0; i < present; i++) own[i] = rows + (first + i) * row_bytes;
+        if (present == kWidth) {
+            for (; (u + kWidth) * 4 <= bytes; u += kWidth) {
+                transpose((const uint32_t* const*)own, u, panel + u * kPanel + first, kPanel);
+            }
+        }
+        for (; u < units; u++) {
+            uint32_t* words = panel + u * kPanel + first;
+            std::memset(words, 0, kWidth * 4);
+            int64_t rest = least(bytes - u * 4, 4);
+            for (int64_t i = 0; i < present; i++) std::memcpy(words + i, own[i] + u * 4, rest);
+        }
+    }
+}
+
 template <class Out>
 static void finish_row(const float* sums, const float* bias, int64_t count, Out* out) {
     if (count == kPanel) {
