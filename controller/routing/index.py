@@ -166,7 +166,7 @@ class _Source:
 class GlobalPrefixIndex:
     """Prefix -> the replicas that hold it; exact, as far as their updates have come.
 
-    Lookups take it that who holds a block holds those before it, and look at every sixteenth of many
+    Lookups take it that who holds a block holds those before it, and look at few of many
     (`CompactTable.walk`); where a cache has a hole, they say more than there is.
 
     A replica's updates are applied in order. When one is missing, or a replica starts anew, all

@@ -210,21 +210,25 @@ class Loads:
         cost += slope
         cost *= own_s
         cost += base
-        cost += request.output_tokens * answer
+        if request.output_tokens:
+            cost += request.output_tokens * answer
         if copy is not None:
             cost += copy_s
         for index, (_, seconds) in loads.items():
             cost[index] += seconds
-        chosen = [int(cost.argmin())]
-        if waited_s(request, self._candidate(chosen[0], runs, loads, copy)):
+        first = int(cost.argmin())
+        compared = [self._candidate(first, runs, loads, copy)]
+        if waited_s(request, compared[0]):
             cost += self._all_waits(request, uncached / np.maximum(inverse, 1e-300))
-            chosen = [int(cost.argmin())]
-        while len(chosen) < min(EXPLAINED, self._count):
-            cost[chosen[-1]] = np.inf
-            chosen.append(int(cost.argmin()))
-        compared = tuple(self._candidate(index, runs, loads, copy) for index in chosen)
+            first = int(cost.argmin())
+            compared = [self._candidate(first, runs, loads, copy)]
+        index = first
+        for _ in range(min(EXPLAINED, self._count) - 1):
+            cost[index] = np.inf
+            index = int(cost.argmin())
+            compared.append(self._candidate(index, runs, loads, copy))
         source = None if copy is None else copy.source
-        return Decision(chosen[0], request, compared, self._count, source)
+        return Decision(first, request, tuple(compared), self._count, source)
 
     def _copy(
         self,
@@ -296,12 +300,11 @@ class Loads:
     def _refresh(self) -> None:
         """Bring the prices up to date."""
         base, answer, inverse, slope, curve = self._prices
-        for index in self._stale:
-            row = self._rows[index]
+        for at in self._stale:
+            row = self._rows[at]
             if row is not None:
-                (base[index], answer[index], inverse[index], slope[index], curve[index]) = prices(
-                    row.work, self._pace(index, row)
-                )
+                pace = self._pace(at, row)
+                base[at], answer[at], inverse[at], slope[at], curve[at] = prices(row.work, pace)
         self._stale.clear()
 
     def _all_waits(self, request: Request, uncached: Vector) -> Vector:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 FILL = 256
 """Entries of a bucket on average, at most."""
-STRIDE = 16
+STRIDE = 32
 """Names of a stretch, at most."""
 
 
@@ -44,32 +44,46 @@ class CompactTable:
         """Go through these names up to the first that has no value; how many have one.
 
         changed: called with a value and the names before it whenever that is not the value of the
-        name before it; False ends the walk there. Names come in stretches of 1, 2, 4, ... `STRIDE`;
-        where the last one of a stretch still has the value before, so have all of it, without a
-        look at them. The table must not change meanwhile.
+        name before it; False ends the walk there. Names come in stretches of 1, 2, 4, ... `STRIDE`,
+        and it is taken that a value which was left does not come again: a stretch whose last name
+        still has the value before has it throughout, and the place where it is left is found by
+        halving. The table must not change meanwhile.
         """
-        tables, values, mask = self._keys, self._values, self._mask
-        size, half, last, depth = len(tables), mask >> 1, -1, 0
-        coming, length = iter(keys), 1
-        while stretch := list(islice(coming, length)):
-            if length > 1 and self.get(stretch[-1]) == last:
-                depth += len(stretch)
-            else:
-                for key in stretch:
-                    bucket = key & mask
-                    if bucket >= size:
-                        bucket &= half
-                    names = tables[bucket]
-                    place = bisect_left(names, key)
-                    if place == len(names) or names[place] != key:
-                        return depth
-                    value = values[bucket][place]
-                    if value != last:
-                        if not changed(value, depth):
-                            return depth
-                        last = value
-                    depth += 1
+        if isinstance(keys, Sequence):
+            return self._walk(keys, lambda stop: min(stop, len(keys)), changed)
+        coming, known = iter(keys), list[int]()
+
+        def fetch(stop: int) -> int:
+            known.extend(islice(coming, stop - len(known)))
+            return len(known)
+
+        return self._walk(known, fetch, changed)
+
+    def _walk(
+        self, keys: Sequence[int], fetch: Callable[[int], int], changed: Callable[[int, int], bool]
+    ) -> int:
+        """fetch: sees to it that there are so many keys, if possible, and says how many."""
+        get, last, depth, length = self.get, -1, 0, 1
+        while depth < (stop := fetch(depth + length)):
             length = min(2 * length, STRIDE)
+            end = get(keys[stop - 1])
+            while depth < stop:
+                if end == last:
+                    depth = stop
+                    break
+                if last >= 0:
+                    low, high = depth, stop - 1
+                    while low < high:
+                        middle = (low + high) // 2
+                        if get(keys[middle]) == last:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    depth = low
+                value = get(keys[depth])
+                if value is None or not changed(value, depth):
+                    return depth
+                last = value
         return depth
 
     def change(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -38,12 +39,12 @@ class Turn:
         return (self.prompt_tokens + self.output_tokens) // BLOCK_TOKENS
 
     @property
-    def keys(self) -> list[int]:
+    def keys(self) -> array[int]:
         """Names of the full blocks, in order."""
         return self.session.names(0, self.full_blocks)
 
     @property
-    def prompt_keys(self) -> list[int]:
+    def prompt_keys(self) -> array[int]:
         """Names of those that can be looked up."""
         return self.session.names(0, self.prompt_blocks)
 
@@ -63,7 +64,7 @@ class Session:
     """Tokens of the conversation so far."""
     known: int = 0
     """Full blocks of it that were computed before, by whomever."""
-    _names: list[int] = field(default_factory=list)
+    _names: array[int] = field(default_factory=lambda: array("Q"))
 
     def ask(self, now: float) -> Turn:
         """The next turn."""
@@ -72,11 +73,13 @@ class Session:
         self.told = told + output
         return Turn(self, now, told, output, not self.turns)
 
-    def names(self, start: int, stop: int) -> list[int]:
+    def names(self, start: int, stop: int) -> array[int]:
         """Of these blocks of the conversation; made when they are first asked for."""
         if len(self._names) < stop:
             own = stop - len(self.shared)
-            self._names = self.shared + (_names(self.number, own + own // 4 + 2) if own > 0 else [])
+            self._names = array("Q", self.shared)
+            if own > 0:
+                self._names.extend(_names(self.number, own + own // 4 + 2))
         return self._names[start:stop]
 
     @property

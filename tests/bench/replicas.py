@@ -1,11 +1,18 @@
 """Conversations over several replicas of a real model: prefixes known to the router, and not.
 
-    python tests/bench/replicas.py --replicas 3 --output build/replicas.json
+    python tests/bench/replicas.py --replicas 3 --rounds 2 --output build/replicas.json
 
 Every round serves the same conversations twice, each time on fresh replicas: once placed as the
 cluster places requests, once by load alone, with the same predictions but no knowledge of what is
 cached where. Reported are the prompt tokens found in a cache, beside what one cache without an
 end would have had, and the time to the first token.
+
+The workload is one of many users and few replicas: eight conversations for each, so that load alone
+finds a history where it is one time in three. Groups of users share instructions; each begins with a
+text of 500 to 1,500 tokens, so that histories have 1,000 to 3,000, and thinks for 10 s on average
+between turns. Conversations begin spread over the time that they take, so their first turns, which
+nobody can have cached, do not come at once. Two cores that compute some 2,200 prompt tokens a second
+each are busy for a third of the time as long as histories are found, and all of it if most are not.
 """
 
 from __future__ import annotations
@@ -53,10 +60,11 @@ class LoadOnly(Placer):
         naming: PrefixNaming,
         *,
         reads_cache: bool = True,
+        copies: bool = True,
     ) -> Decision:
         """The decision as if nothing were cached anywhere."""
         return super().choose(
-            tenant, request_id, prompt_token_ids, request, naming, reads_cache=False
+            tenant, request_id, prompt_token_ids, request, naming, reads_cache=False, copies=False
         )
 
 
@@ -93,9 +101,13 @@ async def converse(
     random = Random(number)
     shared = Random(number % options.instructions)
     tokens = [shared.randrange(1000, 20_000) for _ in range(options.instruction_tokens)]
+    first_tokens = random.randint(options.first_tokens // 2, options.first_tokens * 3 // 2)
+    tokens += [random.randrange(1000, 20_000) for _ in range(first_tokens)]
+    await asyncio.sleep(random.uniform(0.0, options.pause * (options.turns - 1)))
     params = SamplingParams(max_tokens=options.output_tokens, temperature=0.0, ignore_eos=True)
     for turn in range(options.turns):
-        await asyncio.sleep(random.expovariate(1 / options.pause))
+        if turn:
+            await asyncio.sleep(random.expovariate(1 / options.pause))
         tokens += [random.randrange(1000, 20_000) for _ in range(options.turn_tokens)]
         counts.expect(tokens)
         began, first, answer = time.monotonic(), 0.0, list[int]()
@@ -158,12 +170,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--conversations", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--instructions", type=int, default=6, help="different beginnings")
-    parser.add_argument("--instruction-tokens", type=int, default=768)
-    parser.add_argument("--turn-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--pause", type=float, default=8.0, help="mean seconds between turns")
+    parser.add_argument("--instruction-tokens", type=int, default=512)
+    parser.add_argument("--first-tokens", type=int, default=1000, help="mean of the first message")
+    parser.add_argument("--turn-tokens", type=int, default=96)
+    parser.add_argument("--output-tokens", type=int, default=48)
+    parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between turns")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -174,8 +187,8 @@ def main() -> None:
         replicas=options.replicas,
         device="cpu",
         block_size=BLOCK_TOKENS,
-        max_context=2048,
-        kv_tokens=16_384,
+        max_context=4096,
+        kv_tokens=49_152,
     )
     served = resolve_model(config.model, config.max_context)
     cluster = RayCluster(None, config.replicas)

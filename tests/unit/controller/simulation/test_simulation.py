@@ -203,7 +203,7 @@ def test_a_second_turn_repeats_the_first() -> None:
     first, second = session.ask(0.0), session.ask(1.0)
     assert first.prompt_tokens == 2 * BLOCK_TOKENS + 300
     assert second.prompt_tokens == first.prompt_tokens + 50 + 80
-    assert second.keys[: len(first.keys)] == first.keys and first.keys[:2] == [1, 2]
+    assert second.keys[: len(first.keys)] == first.keys and list(first.keys[:2]) == [1, 2]
     assert second.last and not first.last
 
 
