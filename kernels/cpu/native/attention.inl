@@ -60,11 +60,9 @@ INLINE float exponential(float x) {
     return lanes[0];
 }
 
-// Scores [64] become weights, as bfloat16 at the same place if `pairs`; peak, weight and the
-// row's sums follow the moving maximum. `value_scales` (null = none) are multiplied into what the
-// values are weighted by, not into the sum of weights.
-static void soften(float* scores, bool pairs, const float* value_scales, float* peak,
-                   float* weight, float* sums, int64_t rows, int64_t slices) {
+// The running maximum, these scores [64] included; what was summed under the old one is scaled down.
+static float move_peak(const float* scores, float* peak, float* weight, float* sums, int64_t rows,
+                       int64_t slices) {
     V top = load(scores);
     for (int64_t j = kWidth; j < kKeys; j += kWidth) top = maximum(top, load(scores + j));
     float now = largest(top);
@@ -74,7 +72,15 @@ static void soften(float* scores, bool pairs, const float* value_scales, float* 
         *weight *= factor;
         scale_row(sums, rows, slices, factor);
     }
-    V total = zero(), shift = set1(*peak);
+    return *peak;
+}
+
+// Scores [64] become weights, as bfloat16 at the same place if `pairs`; peak, weight and the
+// row's sums follow the moving maximum. `value_scales` (null = none) are multiplied into what the
+// values are weighted by, not into the sum of weights.
+static void soften(float* scores, bool pairs, const float* value_scales, float* peak,
+                   float* weight, float* sums, int64_t rows, int64_t slices) {
+    V total = zero(), shift = set1(move_peak(scores, peak, weight, sums, rows, slices));
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V p = exponential(sub(load(scores + j), shift));
         if (value_scales) {

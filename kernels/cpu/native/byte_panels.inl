@@ -6,10 +6,11 @@
 //
 // and behind either [block_size] floats, the scales.
 //
-// What the levels are multiplied with becomes a whole number of 16 bits and a scale for its row,
-// a finer rounding than bfloat16's own, and is kept as two bytes: its products are those of its
-// upper byte, times 256, and of its lower. Queries are signed, so their keys are not, and 128 times
-// the queries' sum is taken off again; weights are never negative, so that values keep their signs.
+// What the levels are multiplied with becomes a whole number of 16 bits and a scale for its row (of
+// weights, the row's in this tile), a finer rounding than bfloat16's own. It is kept as two bytes, whose
+// products are those of the upper one, times 256, and of the lower. Queries are signed, so their keys
+// are not, and 128 times the queries' sum is taken off again; weights are never negative, so that
+// values keep their signs.
 
 // Accumulators are needed twice, so rows that go together are half as many as for pairs.
 static constexpr int kByteRows = kMaxRows > 1 ? kMaxRows / 2 : 1;
@@ -42,11 +43,10 @@ struct ByteSites {  // keys [begin, end) of a sequence, and where each run of th
     INLINE_MEMBER int64_t count() const { return end - begin; }
 };
 
-// Whole numbers x / scale, as their upper bytes at `out` and their lower ones `apart` behind;
-// returns their scale, NaN where a number is not finite. `sums` (null = not wanted) gets 128 times
-// the sums of both. Signed: lower bytes are of [-128, 127], else of [0, 255].
-static float split_bytes(const float* x, int64_t size, float largest_level, bool is_signed,
-                         uint8_t* out, int64_t apart, int32_t* sums) {
+// A query as whole numbers x / scale, their upper bytes at `out` and their lower ones, of [-128, 127],
+// behind them; returns the scale, NaN where a number is not finite. `sums` gets 128 times the sums of
+// either.
+static float split_query(const float* x, int64_t size, int8_t* out, int32_t* sums) {
     V peaks = zero(), broken = zero();
     for (int64_t i = 0; i < size; i += kWidth) {
         V v = load(x + i);
@@ -55,21 +55,45 @@ static float split_bytes(const float* x, int64_t size, float largest_level, bool
     }
     float peak = largest(peaks), flaw = sum(broken);
     bool usable = flaw == 0.0f && peak > 1e-30f;
-    V inverse = set1(usable ? largest_level / peak : 0.0f), upper = zero(), lower = zero();
-    // half a step less makes of rounding the floor that leaves the lower byte in its range
-    V shift = set1(is_signed ? 0.5f / 256 : -127.5f / 256);
+    V inverse = set1(usable ? kMostQuery / peak : 0.0f), upper = zero(), lower = zero();
     for (int64_t i = 0; i < size; i += kWidth) {
         V whole = usable ? nearest(mul(load(x + i), inverse)) : zero();
-        V high = nearest(fma(whole, set1(1.0f / 256), shift));
+        // half a step more, so that the lower byte is of its range
+        V high = nearest(fma(whole, set1(1.0f / 256), set1(0.5f / 256)));
         V low = fma(high, set1(-256.0f), whole);
-        store_levels(out + i, high, 0);
-        store_levels(out + apart + i, low, 0);
+        store_levels((uint8_t*)out + i, high, 0);
+        store_levels((uint8_t*)out + size + i, low, 0);
         upper = add(upper, high);
         lower = add(lower, low);
     }
-    if (sums) sums[0] = 128 * (int32_t)sum(upper);
-    if (sums) sums[1] = 128 * (int32_t)sum(lower);
-    return peak / largest_level + flaw;
+    sums[0] = 128 * (int32_t)sum(upper);
+    sums[1] = 128 * (int32_t)sum(lower);
+    return peak / kMostQuery + flaw;
+}
+
+// As `soften`, into bytes at the same place; returns their scale. Nothing here may look at keys that the
+// row does not see: they depend on how a prompt was cut.
+static float soften_bytes(float* scores, const float* value_scales, float* peak, float* weight,
+                          float* sums, int64_t rows, int64_t slices) {
+    constexpr int kParts = (int)kKeys / kWidth;
+    V shift = set1(move_peak(scores, peak, weight, sums, rows, slices));
+    V total = zero(), top = zero(), scaled[kParts];
+    UNROLL for (int v = 0; v < kParts; v++) {
+        V p = exponential(sub(load(scores + v * kWidth), shift));
+        total = add(total, p);
+        scaled[v] = mul(p, load(value_scales + v * kWidth));
+        top = maximum(scaled[v], top);
+    }
+    float most = largest(top);
+    V inverse = set1(most > 1e-30f ? kMostWeight / most : 0.0f);
+    alignas(64) uint8_t bytes[2 * kKeys];
+    UNROLL for (int v = 0; v < kParts; v++) {
+        V whole = minimum(mul(scaled[v], inverse), set1(kMostWeight));
+        store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole);
+    }
+    std::memcpy(scores, bytes, sizeof bytes);
+    *weight += sum(total);
+    return most / kMostWeight;
 }
 
 // scores [R, 64] of N vectors of keys, without the keys' scales.
@@ -208,15 +232,14 @@ static void attend_tile(const Attention& call, const ByteSites& here, const Byte
     score_byte_sites(call, here, ahead, s, rows);
     copy_scales(here.key_scales, here.count(), s.key_scales);
     copy_scales(here.value_scales, here.count(), s.value_scales);
+    float flaw_of_values = flaw(s.value_scales, kKeys);
     int64_t slices = (call.dim + kPanel - 1) / kPanel;
     for (int64_t r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
         bias_and_mask(call, places[r], here.begin, s.key_scales, scores);
-        soften(scores, false, s.value_scales, s.peak + r, s.weight + r, s.part + r * kPanel, rows,
-               slices);
-        alignas(64) uint8_t bytes[2 * kKeys];
-        s.weight_scales[r] = split_bytes(scores, kKeys, kMostWeight, false, bytes, kKeys, nullptr);
-        std::memcpy(scores, bytes, sizeof bytes);
+        float scale = soften_bytes(scores, s.value_scales, s.peak + r, s.weight + r,
+                                   s.part + r * kPanel, rows, slices);
+        s.weight_scales[r] = scale + flaw_of_values;
     }
     mix_byte_sites(call, here, ahead, s, rows);
 }

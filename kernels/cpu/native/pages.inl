@@ -16,7 +16,7 @@ struct AttentionScratch {
     // of a pool of byte panels, whose queries and weights are bytes too:
     float* row_scales;     // [rows] of the queries
     int32_t* query_sums;   // [rows, 2] of the queries' bytes, 128 times
-    float* weight_scales;  // [rows]
+    float* weight_scales;  // [rows] of the tile's weights
 };
 
 // Words of a query or key: pairs where both are bfloat16, or as exact in it as bytes are; else

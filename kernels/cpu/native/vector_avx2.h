@@ -45,6 +45,13 @@ INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
     __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
 }
+INLINE void store_halves(uint8_t* upper, uint8_t* lower, V x) {
+    __m256i n = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    __m128i low = _mm_and_si128(words, _mm_set1_epi16(255)), high = _mm_srli_epi16(words, 8);
+    _mm_storel_epi64((__m128i*)lower, _mm_packus_epi16(low, low));
+    _mm_storel_epi64((__m128i*)upper, _mm_packus_epi16(high, high));
+}
 INLINE void store(bf16* p, V x) {
     __m256i bits = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -38,6 +38,12 @@ INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
     __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(zero_point));
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(n));
 }
+// Whole numbers of [0, 65535] as their upper and lower bytes.
+INLINE void store_halves(uint8_t* upper, uint8_t* lower, V x) {
+    __m512i n = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i*)lower, _mm512_cvtepi32_epi8(n));
+    _mm_storeu_si128((__m128i*)upper, _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+}
 // out[i] = the pair (first[i], second[i])
 INLINE void zip(const bf16* first, const bf16* second, uint32_t* out) {
     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));

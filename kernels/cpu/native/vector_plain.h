@@ -40,6 +40,13 @@ INLINE V load(const int8_t* p) { V r; PHX_LANES r.at[i] = p[i]; return r; }
 INLINE void store_levels(uint8_t* p, V x, int32_t zero_point) {
     PHX_LANES p[i] = (uint8_t)((int32_t)__builtin_nearbyintf(x.at[i]) + zero_point);
 }
+INLINE void store_halves(uint8_t* upper, uint8_t* lower, V x) {
+    PHX_LANES {
+        auto n = (uint32_t)__builtin_nearbyintf(x.at[i]);
+        upper[i] = (uint8_t)(n >> 8);
+        lower[i] = (uint8_t)n;
+    }
+}
 INLINE void store(bf16* p, V x) { PHX_LANES p[i] = narrow(x.at[i]); }
 INLINE void zip(const bf16* first, const bf16* second, uint32_t* out) {
     PHX_LANES out[i] = first[i].bits | (uint32_t)second[i].bits << 16;

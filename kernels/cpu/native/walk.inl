@@ -42,8 +42,7 @@ static int64_t begin_unit(const Attention& call, const Spans& spans, const Atten
         if (call.pool_type == kBytePanels) {
             float wide[kMostDim];
             convert(query, call.type, call.dim, wide, kFloat);
-            s.row_scales[r] = split_bytes(wide, call.dim, kMostQuery, true, (uint8_t*)place,
-                                          call.dim, s.query_sums + 2 * r);
+            s.row_scales[r] = split_query(wide, call.dim, (int8_t*)place, s.query_sums + 2 * r);
             continue;
         }
         const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
