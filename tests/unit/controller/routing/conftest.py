@@ -48,8 +48,6 @@ class EchoFleet:
 
     exchange = None
 
-    exchange = None
-
     def __init__(self) -> None:
         self.rank, self.killed = EchoRank(), False
         self._results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
