@@ -195,14 +195,13 @@ class Loads:
         self._refresh()
         size = len(self._rows)
         base, answer, inverse, slope, curve = self._prices[:, :size]
-        own_s = request.tokens * inverse
+        left = np.full(size, float(request.tokens))
         for tokens, holders in runs:
-            members = _members(holders, size)
-            own_s[members] = (request.tokens - tokens) * inverse[members]
+            _give(left, holders & (1 << size) - 1, request.tokens - tokens)
         loads = self._loads(runs, lower) if lower else {}
         for index, (tokens, _) in loads.items():
-            own_s[index] = (request.tokens - tokens) * inverse[index]
-        uncached = own_s
+            left[index] = request.tokens - tokens
+        own_s = left * inverse
         copy = self._copy(runs, loads, base) if copies and runs else None
         if copy is not None:
             own_s, copy_s = copy.spare(request, own_s, inverse)
@@ -219,7 +218,7 @@ class Loads:
         first = int(cost.argmin())
         compared = [self._candidate(first, runs, loads, copy)]
         if waited_s(request, compared[0]):
-            cost += self._all_waits(request, uncached / np.maximum(inverse, 1e-300))
+            cost += self._all_waits(request, left)
             first = int(cost.argmin())
             compared = [self._candidate(first, runs, loads, copy)]
         index = first
@@ -243,9 +242,9 @@ class Loads:
         size = len(self._rows)
         token_bytes = self._token_bytes[:size]
         cost = np.full(size, np.inf)
-        members = _members(holders, size)
-        cost[members] = base[members]
+        _give(cost, holders & (1 << size) - 1, 0.0)
         cost[token_bytes == 0.0] = np.inf
+        cost += base
         cost[list(loads)] = np.inf  # what is below a pool is not copied
         source = int(cost.argmin())
         if not cost[source] < np.inf:
@@ -357,15 +356,14 @@ def _cached(index: int, runs: Sequence[tuple[int, int]]) -> int:
     return 0
 
 
-def _members(mask: int, size: int) -> npt.NDArray[np.bool_] | list[int]:
-    """What selects these replicas in a vector of `size`."""
-    mask &= (1 << size) - 1
+def _give(vector: Vector, mask: int, value: float) -> None:
+    """Set the elements whose bits are in a mask."""
     if mask.bit_count() <= 4:
-        found = []
         while mask:
             low = mask & -mask
-            found.append(low.bit_length() - 1)
+            vector[low.bit_length() - 1] = value
             mask ^= low
-        return found
-    packed = np.frombuffer(mask.to_bytes(-(-size // 8), "little"), np.uint8)
-    return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+        return
+    packed = np.frombuffer(mask.to_bytes(-(-len(vector) // 8), "little"), np.uint8)
+    members = np.unpackbits(packed, count=len(vector), bitorder="little").view(np.bool_)
+    np.copyto(vector, value, where=members)

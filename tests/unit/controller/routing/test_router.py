@@ -151,6 +151,26 @@ def test_who_comes_later_waits_as_in_a_simulated_queue(work: Work, tokens: int) 
     assert item.disturbance_s == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_among_hundreds_the_cheapest_is_the_least_estimate() -> None:
+    random = Random(3)
+    for _ in range(30):
+        candidates = [
+            Candidate(
+                replica,
+                cached_tokens=random.choice((0, 256, 512)),
+                work=Work(random.randrange(3000), random.randrange(9), random.randrange(900), 0),
+                places=random.choice((None, 6)),
+                pace=PACE._replace(tokens_per_s=random.uniform(500, 2000)),
+            )
+            for replica in range(300)
+        ]
+        request = Request(600, output_tokens=100)
+        expected = min(candidates, key=lambda item: estimate(request, item).cost_s)
+        decision = route(request, candidates)
+        assert decision.replica == expected.replica and decision.candidates == 300
+        assert decision.compared[0] == expected
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     assert route(Request(10), [Candidate(replica=index) for index in (2, 0, 1)]).replica == 0
 
