@@ -87,7 +87,9 @@ Stream.lose = lambda self, **more: lose(self, blamed=False)
 from phalanx.controller.scheduling.probation import Probation
 Probation.add = lambda self, sample, tokens: None
 """,
-        (f"{UNIT}/scheduling/test_probation.py::test_two_deaths_convict_exactly_one",),
+        (
+            f"{UNIT}/scheduling/test_probation.py::test_32_suspects_cost_two_steps_of_their_own_each",
+        ),
     ),
     Mutant(
         "quarantine",

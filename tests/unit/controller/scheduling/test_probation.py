@@ -91,6 +91,7 @@ class Cluster:
 
     def _die(self) -> None:
         self.deaths += 1
+        assert self.deaths < 10, "nobody is found"
         computing = self.loop.scheduler.computing
         self._begin()
         for seed, stream in self.streams.items():
