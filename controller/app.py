@@ -203,7 +203,7 @@ async def _start_replicas(
         copy_prefixes=config.copy_prefixes,
         on_move=metrics.on_move,
     )
-    make_fleet = functools.partial(ray_fleet, gone=ray.watch.gone)
+    make_fleet = functools.partial(ray_fleet, gone=ray.watch.gone, removals=ray.removals)
     spares = SparePool(lambda: make_fleet(config, device), served.checkpoint)
     starter = ReplicaStarter(
         *(config, served, device, engine, observer, progress, make_fleet, _taker(spares), tenants),

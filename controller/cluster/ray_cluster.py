@@ -17,15 +17,13 @@ from ray.exceptions import RayError
 from phalanx.protos.errors import ConfigError, GroupLost
 
 from .ray_nodes import NodeWatch
+from .ray_removals import Removals
 from .ray_sessions import Session, sweep
 
 NAMESPACE = "phalanx"
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
 PROBE_S = 5.0
-GCS_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
-"""For so long a process goes on without Ray's GCS, which steps do not need. An embedded one does not
-come back: there it stays at Ray's minute, after which this process ends, and may start again."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -38,6 +36,8 @@ class RayCluster:
         `ConfigError` when there is no cluster at `address`."""
         self.watch = NodeWatch()
         """Who has gone of its nodes."""
+        self.removals = Removals()
+        """Of the places that ended fleets had."""
         self._session: Session | None = None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         common: dict[str, Any] = {
@@ -65,8 +65,7 @@ class RayCluster:
             return
         _check_answers(address)
         try:
-            with _environment(GCS_AWAY, os.environ.get(GCS_AWAY, "3600")):
-                ray.init(address=address, **common)
+            ray.init(address=address, **common)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"ray_address is {address!r}, no Ray cluster answers there; one with token "
@@ -85,6 +84,7 @@ class RayCluster:
         """Ranks that each live node could take now. Raises `GroupLost` when Ray does not answer."""
         wanted = ("CPU", "GPU") if device == "cuda" else ("CPU",)
         try:
+            self.removals.settle()
             nodes, gone = state.available_resources_per_node(), self.watch.gone()
             return {
                 node: int(min(resources.get(name, 0.0) for name in wanted))
@@ -115,23 +115,14 @@ class RayCluster:
 def _loopback_alone() -> Iterator[None]:
     """What Ray starts listens on the loopback address. It would take the machine's own one for that,
     but where it makes no clusters of several machines: on Windows and macOS, or when told so."""
-    known = ray_constants.ENABLE_RAY_CLUSTER
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    known, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
     ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with _environment(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = known
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """What this process and those that it starts find there meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+    os.environ[name] = "0"
     try:
         yield
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before

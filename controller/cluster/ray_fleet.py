@@ -13,7 +13,6 @@ from ray.util.placement_group import (
     NODE_ID_LABEL_KEY,
     PlacementGroup,
     placement_group,
-    remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -29,6 +28,7 @@ from .exchanging import ExchangingFleet
 from .fleet import REASON, NoPlace, Progress, RankFacts
 from .link import RankLinks
 from .ray_cluster import LOOPBACK, Device
+from .ray_removals import Removals
 
 MIN_CALL_S = 10.0
 STANDS_S = 2.0
@@ -61,15 +61,18 @@ class RayFleet(ExchangingFleet):
         step_timeout_s: float,
         silence_timeout_s: float,
         gone: Gone = frozenset,
+        removals: Removals | None = None,
     ) -> None:
         """threads: CPU threads of a rank; None divides a node's cores by the ranks that it may
-        get, `replicas` times those of this fleet. gone: nodes to keep away from."""
+        get, `replicas` times those of this fleet. gone: nodes to keep away from.
+        removals: who gives its places back."""
         self._tp_size, self._pp_size, self._device = tp_size, pp_size, device
         self._placement = strategy(placement, pp_size)
         self._collectives, self._threads, self._replicas = collectives, threads, replicas
         self._start_timeout_s, self._step_timeout_s = start_timeout_s, step_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._gone, self._shunned = gone, frozenset[str]()
+        self._removals = removals or Removals()
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._runs: list[ray.ObjectRef[None]] = []
@@ -214,8 +217,7 @@ class RayFleet(ExchangingFleet):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
         if self._group is not None and ray.is_initialized():
-            with contextlib.suppress(RayError):  # a GCS that does not know us any more
-                remove_placement_group(self._group)
+            self._removals.remove(self._group)
         self._group, self._actors, self._runs = None, [], []
 
     @property
@@ -323,8 +325,13 @@ def strategy(placement: str, pp_size: int) -> str:
     return "STRICT_PACK" if pp_size == 1 else "SPREAD"
 
 
-def ray_fleet(config: ClusterConfig, device: Device, gone: Gone = frozenset) -> RayFleet:
-    """A fleet as the configuration has it. gone: see `RayFleet`."""
+def ray_fleet(
+    config: ClusterConfig,
+    device: Device,
+    gone: Gone = frozenset,
+    removals: Removals | None = None,
+) -> RayFleet:
+    """A fleet as the configuration has it. gone, removals: see `RayFleet`."""
     return RayFleet(
         config.tp,
         config.pp,
@@ -337,6 +344,7 @@ def ray_fleet(config: ClusterConfig, device: Device, gone: Gone = frozenset) -> 
         step_timeout_s=config.step_timeout_s,
         silence_timeout_s=config.silence_timeout_s,
         gone=gone,
+        removals=removals,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from phalanx.controller.settings import load_config
 
 from .flags import config_flags
 
+GCS_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""For so long we go on without Ray's GCS, which steps do not need. An embedded one does not come back:
+there it stays at Ray's minute, after which this process ends, and may start again."""
 SERVE_FLAGS = tuple(name for name in RULES if name != "model")
 
 
@@ -52,6 +56,8 @@ async def serve_until_stopped(config: ClusterConfig) -> None:
     """Start the cluster, say where it listens, and stop it at a signal or when it ends itself."""
     from rich.console import Console
 
+    if config.ray_address is not None:
+        os.environ.setdefault(GCS_AWAY, "3600")  # read when Ray is imported
     from phalanx.controller.app import start_cluster
     from phalanx.controller.garbage import settle
 

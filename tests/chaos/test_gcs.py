@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 from harness.head import OwnHead
-from harness.history import Record, judge
-from harness.load import begin
+from harness.history import judge
+from harness.load import begin, keep_asking
 from harness.running import LOST, Outcome, idle
 from harness.scenarios import Load
 from harness.server import Topology
@@ -39,18 +38,6 @@ def own_head(clusters: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.close()
 
 
-async def keep_asking(
-    client: AsyncClient, asks: Any, name: str, over: asyncio.Event
-) -> list[Record]:
-    """The load, again and again, until it is enough."""
-    records: list[Record] = []
-    for turn in itertools.count():
-        records += await begin(client, asks, f"{name}-{turn}").finish(300)
-        if over.is_set():
-            break
-    return records
-
-
 async def killed(server: OwnHead, name: str, away_s: float) -> Outcome:
     """Streams run while the GCS is away, and for a while after."""
     asks, reference = server.known  # type: ignore[attr-defined]
@@ -72,21 +59,21 @@ async def killed(server: OwnHead, name: str, away_s: float) -> Outcome:
     return outcome
 
 
-async def lost_rank(server: OwnHead, name: str, away: bool) -> tuple[Outcome, float]:
+async def lost_rank(server: OwnHead, name: str, away: bool, away_s: float) -> tuple[Outcome, float]:
     """A rank is killed once the GCS is back, or while it is away; seconds from its start until a
     new group is ready."""
     asks, reference = server.known  # type: ignore[attr-defined]
     line = len(server.said)
-    what = "rank-killed-meanwhile" if away else "rank-killed-after"
-    outcome = Outcome(f"11 {what}", 11, 0, len(asks), [])
-    async with AsyncClient(server.address, timeout=300) as client:
+    what = "meanwhile" if away else "after"
+    outcome = Outcome(f"11 rank-killed-{what}-{away_s:.0f}-s", 11, 0, len(asks), [])
+    async with AsyncClient(server.address, timeout=400) as client:
         reading = begin(client, asks, name)
         await reading.reach(40)
         await asyncio.to_thread(server.kill_gcs)
         at = time.monotonic()
         if away:
             server.ranks()[1].kill()
-        await asyncio.sleep(AWAY_S)
+        await asyncio.sleep(away_s)
         await asyncio.to_thread(server.start_gcs)
         back = time.monotonic()
         if not away:
@@ -122,11 +109,16 @@ def test_streams_do_not_notice_that_the_gcs_is_away(
 @pytest.mark.bar(11)
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("away", [False, True], ids=["after", "meanwhile"])
+@pytest.mark.parametrize(
+    ("away", "away_s"),
+    [(False, AWAY_S), (True, AWAY_S), (True, LONG_S)],
+    ids=["after", "meanwhile", "meanwhile-long"],
+)
 def test_a_lost_rank_is_replaced_once_the_gcs_is_back(
-    own_head: OwnHead, report: Any, clusters: Any, away: bool
+    own_head: OwnHead, report: Any, clusters: Any, away: bool, away_s: float
 ) -> None:
-    outcome, seconds = asyncio.run(lost_rank(own_head, clusters.name(), away))
+    """Also where Ray gave up on what it was to be told of the lost group's places."""
+    outcome, seconds = asyncio.run(lost_rank(own_head, clusters.name(), away, away_s))
     report.add(outcome)
     print(f"{outcome.scenario}: noticed {outcome.detect_s}, ready {seconds:.1f} s after the GCS")
     assert outcome.faults == [], own_head.said[-20:]

@@ -18,7 +18,7 @@ import pytest
 from harness import nodes
 from harness.history import judge
 from harness.line import Line, Tally, carry
-from harness.load import Reading, begin
+from harness.load import begin, keep_asking
 from harness.nodes import TwoNodes
 from harness.running import LOST, Outcome, idle
 from harness.scenarios import Load
@@ -30,10 +30,14 @@ LOAD = Load(16, 48)
 TOPOLOGY = Topology(flags=("--collectives", "gloo", "--start-timeout-s", "20"))
 CUT_S = 8.0
 BAD_S = 60.0
+LOSSES = 3
+BUSY = 2.0
+"""Load for each core from which on times say nothing."""
+PAUSE_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def two_nodes(clusters: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def _two_nodes(clusters: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     if why := nodes.permitted():
         pytest.skip(why)
     asks, reference = clusters.reference(Topology(), LOAD)
@@ -46,6 +50,16 @@ def two_nodes(clusters: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture
+def two_nodes(_two_nodes: TwoNodes) -> TwoNodes:
+    """With a fresh controller where groups were lost so often that it would soon see a crash loop,
+    and wait for a minute."""
+    if _two_nodes.groups_lost >= LOSSES:
+        _two_nodes.stop()
+        _two_nodes.start()
+    return _two_nodes
 
 
 def hurt(server: TwoNodes, how: str) -> None:
@@ -69,27 +83,30 @@ async def whole(client: AsyncClient, timeout_s: float = 120) -> None:
             await asyncio.sleep(0.1)
 
 
-async def cut(server: TwoNodes, how: str, share: float, name: str) -> Outcome:
-    """Streams run, the cable is harmed for a while; it heals, and they go on where they stood."""
+async def cut(server: TwoNodes, how: str, wait_s: float, name: str) -> Outcome:
+    """Streams run, one load after the other; the cable is harmed for a while; it heals, and they go
+    on where they stood."""
     asks, reference = server.known  # type: ignore[attr-defined]
-    total = sum(len(tokens) for answer in reference.values() for tokens, _ in answer.values())
     line = len(server.said)
     async with AsyncClient(server.address, timeout=900) as client:
         await whole(client)
-        reading: Reading = begin(client, asks, name)
-        await reading.reach(int(share * total))
-        assert not reading.done
+        over = asyncio.Event()
+        asking = asyncio.create_task(keep_asking(client, asks, name, over))
+        await asyncio.sleep(wait_s)
+        assert not asking.done()
         at, since = time.monotonic(), len(server.said)
         await asyncio.to_thread(hurt, server, how)
         lost = await asyncio.to_thread(server.wait_said, LOST, since, 60)
         await asyncio.sleep(max(CUT_S - (time.monotonic() - at), 0))
         await asyncio.to_thread(server.heal)
-        records = await reading.finish(500)
-        outcome = Outcome(f"{NUMBERS[how]} {how}", NUMBERS[how], 0, len(asks), [])
+        over.set()
+        records = await asking
+        outcome = Outcome(f"{NUMBERS[how]} {how}", NUMBERS[how], 0, len(records), [])
         outcome.faults = judge(records, reference, await idle(client))
     outcome.detect_s = [lost - at]
     outcome.gaps_s = [record.longest_gap() for record in records]
     outcome.groups_lost = sum(bool(re.search(LOST, text)) for _, text in server.said[line:])
+    server.groups_lost += outcome.groups_lost
     return outcome
 
 
@@ -105,12 +122,18 @@ NUMBERS = {"cut": 16, "both-ways": 17, "to-the-node": 17, "from-the-node": 17, "
 def test_streams_outlive_a_cable(
     two_nodes: TwoNodes, how: str, seed: int, report: Any, clusters: Any
 ) -> None:
-    share = random.Random(seed).uniform(0.05, 0.7)
-    outcome = asyncio.run(cut(two_nodes, how, share, clusters.name()))
+    wait_s = random.Random(seed).uniform(0.5, 3)
+    outcome = asyncio.run(cut(two_nodes, how, wait_s, clusters.name()))
     report.add(outcome)
-    print(f"{outcome.scenario}: noticed {outcome.detect_s}, {outcome.faults[:3]}")
+    paused = max(outcome.gaps_s)
+    print(
+        f"{outcome.scenario}: noticed {outcome.detect_s}, pause {paused:.1f} s, {outcome.faults[:3]}"
+    )
     assert outcome.faults == [], two_nodes.said[-20:]
     assert outcome.detect_s[0] <= 6
+    assert paused > 1, "no stream met the harm"
+    if os.getloadavg()[0] <= BUSY * (os.cpu_count() or 1):
+        assert paused <= PAUSE_S
 
 
 @pytest.mark.bar(18)
@@ -120,12 +143,12 @@ def test_a_bad_line_is_no_death(two_nodes: TwoNodes, clusters: Any, seed: int, r
     """For a minute, 50 ms there and back, a twentieth of the packets lost each way, and some out
     of order."""
     asks, reference = two_nodes.known  # type: ignore[attr-defined]
-    line = len(two_nodes.said)
     outcome = Outcome("18 bad-line", 18, seed, 0, [])
 
     async def ask() -> Tally:
         async with AsyncClient(two_nodes.address, timeout=900) as client:
             await whole(client)
+            line = len(two_nodes.said)
             await asyncio.to_thread(two_nodes.cable.spoil, Line(seed=seed))
             ends, records = time.monotonic() + BAD_S, []
             while time.monotonic() < ends:
@@ -134,13 +157,15 @@ def test_a_bad_line_is_no_death(two_nodes: TwoNodes, clusters: Any, seed: int, r
             outcome.streams = len(records)
             outcome.gaps_s = [record.longest_gap() for record in records]
             outcome.faults = judge(records, reference, await idle(client))
+            said = [text for _, text in two_nodes.said[line:]]
+            outcome.groups_lost = sum(bool(re.search(LOST, text)) for text in said)
             return tally
 
     tally = asyncio.run(ask())
     report.add(outcome)
     print(f"18: {outcome.streams} streams, {tally}, pause {max(outcome.gaps_s):.1f} s at most")
     assert outcome.faults == [], two_nodes.said[-20:]
-    assert not [text for _, text in two_nodes.said[line:] if re.search(LOST, text)]
+    assert outcome.groups_lost == 0
     assert tally.passed > 500
     assert 0.03 < tally.lost / (tally.passed + tally.lost) < 0.07
     assert tally.overtaken > 20

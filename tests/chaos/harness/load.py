@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -101,6 +102,18 @@ def begin(client: AsyncClient, asks: Sequence[Ask], name: str) -> Reading:
         for ask, record in zip(asks, records, strict=True)
     ]
     return Reading(records, tasks, name)
+
+
+async def keep_asking(
+    client: AsyncClient, asks: Sequence[Ask], name: str, over: asyncio.Event
+) -> list[Record]:
+    """The load again and again, until it is enough; at least once."""
+    records: list[Record] = []
+    for turn in itertools.count():
+        records += await begin(client, asks, f"{name}-{turn}").finish(500)
+        if over.is_set():
+            break
+    return records
 
 
 async def read(client: AsyncClient, ask: Ask, record: Record, request_id: str) -> None:

@@ -18,7 +18,7 @@ from harness.scenarios import Harm, Scenario
 from harness.server import Server
 from phalanx.controller.client import AsyncClient
 
-LOST = r"\breplica-\d+: (?!starting a new|ready again)"
+LOST = r"\breplica-\d+: (?!starting a new|ready again|to be replaced|tp is)"
 READY_S = 120.0
 IDLE_S = 20.0
 
