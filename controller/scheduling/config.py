@@ -24,6 +24,9 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
     max_in_flight: int = 2
     """Plans sent and not yet answered."""
+    attention_reach: float | None = None
+    """Position in a sequence at which a token's attention takes as long as all else of it; None:
+    attention is taken to cost nothing."""
     num_stages: int = 1
     """Of the ranks: so many plans are worked on at a time."""
     prefix_caching: bool = True

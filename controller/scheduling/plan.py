@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ class PlanDraft:
 
     budget: int
     """Tokens that may still be added."""
+    reach: float | None = None
+    """See `SchedulerConfig.attention_reach`."""
     new: list[NewSequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -28,13 +31,27 @@ class PlanDraft:
     """The attempts that sample a token."""
 
     def count(self, sample: Sample) -> int:
-        """Tokens that the sample would compute: what remains, as far as the budget goes."""
-        return min(sample.remaining, self.budget)
+        """Tokens that the sample would compute: what remains, as far as the budget goes. Where
+        others wait for the same step, a token far on in a prompt counts for more than one."""
+        most = min(sample.remaining, self.budget)
+        if self.reach is None or most <= 1 or not self.rows:
+            return most
+        # the n tokens from position p on cost n + n (p + n / 2) / reach; they are to fit
+        far = self.reach + sample.num_computed
+        fitting = math.sqrt(far * far + 2 * self.reach * self.budget) - far
+        return min(most, max(int(fitting), 1))
+
+    def _cost(self, sample: Sample, count: int) -> int:
+        """Of the budget."""
+        if self.reach is None or count <= 1 or not self.rows:
+            return count
+        cost = count * (1 + (sample.num_computed + count / 2) / self.reach)
+        return min(math.ceil(cost), self.budget)
 
     def add(self, sample: Sample, new_blocks: list[int], state: StateUse | None = None) -> None:
         """Let the sample compute `count` tokens."""
         count = self.count(sample)
-        self.budget -= count
+        self.budget -= self._cost(sample, count)
         sample.num_computed += count
         self.rows.append(Row(sample.seq, count, new_blocks, state))
         self.samples[sample.seq] = sample

@@ -67,7 +67,7 @@ class StepPlanner:
     def plan(self, now: float, alone: Sample | None = None) -> PlanDraft:
         """The work of the next step; its rows are empty when there is none. alone: nobody else's;
         without it, nobody's who is on probation."""
-        draft = PlanDraft(self._config.max_tokens_per_step)
+        draft = PlanDraft(self._config.max_tokens_per_step, self._config.attention_reach)
         if (loads := self._cache.loads) is not None:
             busy = bool(self.running or self.waiting)
             loads.tiers.begin_plan(loads.rates.stores(busy=busy))

@@ -141,6 +141,37 @@ def test_a_long_prompt_never_makes_a_stream_miss_a_step(make_loop: LoopFactory) 
     loop.run()
 
 
+def test_a_chunk_far_on_in_a_prompt_is_short_beside_streams(make_loop: LoopFactory) -> None:
+    """A token at position p takes 1 + p / reach; no step beside a stream takes more than 64."""
+    loop = make_loop(
+        num_blocks=400, block_size=16, max_context=5000, max_tokens_per_step=64, max_running=8
+    )
+    far = make_loop(
+        num_blocks=400,
+        block_size=16,
+        max_context=5000,
+        max_tokens_per_step=64,
+        max_running=8,
+        attention_reach=500.0,
+    )
+    steps = []
+    for each, reach in ((loop, float("inf")), (far, 500.0)):
+        each.add("stream", [1, 2], max_tokens=1000, ignore_eos=True)
+        each.step()
+        each.add("long", [1, 0] * 2000, max_tokens=1)
+        done, count = 0, 0
+        while each.streams["long", 0].finish is None:
+            plan = each.step()
+            new = max(row.num_new for row in plan.rows)
+            took = sum(1 + (done + place) / reach for place in range(new))
+            assert len(plan.rows) == 2 and took <= 64 + (1 + done / reach)
+            done, count = done + new, count + 1
+        steps.append(count)
+        each.run()
+    # 4000 tokens take 4000 (1 + 2000 / 500)
+    assert steps[0] <= 70 and 4.5 * steps[0] < steps[1] <= 5.6 * steps[0]
+
+
 def test_a_failed_sample_ends_alone_and_its_blocks_are_not_matched(make_loop: LoopFactory) -> None:
     loop = make_loop()
     loop.add("bad", [1] * 20, seed=1, max_tokens=9, ignore_eos=True)
