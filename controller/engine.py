@@ -349,7 +349,8 @@ class AsyncEngine:
         if event.finish is not None and event.error is None and stream.request_id:
             stream.left_open -= 1
             self._door.leave(stream.tenant, 1)
-        self._residents.charge(stream)
+        if stream.is_milestone(event):
+            self._residents.charge(stream)
         self._movement.saw_token(stream)
 
     def _take_prefixes(

@@ -14,6 +14,7 @@ from .scheduling.request import FinishReason, Request, TokenEvent
 from .tracing.context import RequestTrace
 
 CLEARED_AFTER_TOKENS = 8
+CHARGED_EVERY_TOKENS = 16
 SUSPECT_AFTER_LOSSES = 2
 """Of groups that were killed or cut off; of those that crashed, one is enough."""
 SET_ASIDE_AFTER_LOSSES = 3
@@ -161,6 +162,13 @@ class Stream:
             )
             for index, tokens in self._outputs.items()
         ]
+
+    def is_milestone(self, event: TokenEvent) -> bool:
+        """Whether what it asks of its replica is to be looked at again after this event: with its
+        first token there, its end, and now and then, as a token more changes little."""
+        before = self._since_placed - len(event.tokens)
+        steps = self._since_placed // CHARGED_EVERY_TOKENS - before // CHARGED_EVERY_TOKENS
+        return event.finish is not None or before <= 0 or steps > 0
 
     def push(self, event: TokenEvent) -> None:
         """An event of the current attempt came."""
