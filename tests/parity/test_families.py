@@ -30,6 +30,7 @@ from phalanx.workers.models.verified import (
 VOCAB, CONTEXT, NEW_TOKENS = 131, 96, 32
 TP_SIZES = (1, 2, 3, 4)
 TOLERANCE = 1e-4
+WIDE = {"mamba", "mamba-biased"}
 SIZES = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = SIZES | {
     "hidden_size": 48,
@@ -359,9 +360,6 @@ def test_in_long_contexts(random_model: Make, scored: Make, name: str) -> None:
             assert abs(float(row[item.token_id]) - item.logprob) < 2 * TOLERANCE
 
 
-WIDE = {"mamba", "mamba-biased"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
@@ -373,8 +371,8 @@ def test_in_half_precision(build: Make, scored: Make, name: str, dtype: str) -> 
     tokens = [(11 * index * index + index) % VOCAB for index in range(40)]
     tops = [top for part in scored(model.folder, model.spec, 2, tokens, dtype) for top in part.top]
     expected = model.logprobs(tokens)[:-1]
-    rows = zip(expected, tops, strict=True)
-    off = [abs(float(row[item.token_id]) - item.logprob) for row, top in rows for item in top]
+    both = zip(expected, tops, strict=True)
+    off = [abs(float(row[item.token_id]) - item.logprob) for row, top in both for item in top]
     assert sum(off) / len(off) < (0.15 if name in WIDE else 0.1)
 
 
