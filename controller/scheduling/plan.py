@@ -12,6 +12,9 @@ from phalanx.protos.steps import BlockCopy, NewSequence, Row, StateUse, StepPlan
 
 from .sample import Sample
 
+NEAR = 0.25
+"""Of the reach: up to there, attention is not counted."""
+
 
 @dataclass(slots=True)
 class PlanDraft:
@@ -34,16 +37,20 @@ class PlanDraft:
         """Tokens that the sample would compute: what remains, as far as the budget goes. Where
         others wait for the same step, a token far on in a prompt counts for more than one."""
         most = min(sample.remaining, self.budget)
-        if self.reach is None or most <= 1 or not self.rows:
+        if self.reach is None or most <= 1 or not self._counts(sample):
             return most
         # the n tokens from position p on cost n + n (p + n / 2) / reach; they are to fit
         far = self.reach + sample.num_computed
         fitting = math.sqrt(far * far + 2 * self.reach * self.budget) - far
         return min(most, max(int(fitting), 1))
 
+    def _counts(self, sample: Sample) -> bool:
+        """Whether its attention does; near the beginning of a prompt it is not worth cutting for."""
+        return bool(self.rows) and sample.num_computed >= NEAR * (self.reach or 0.0)
+
     def _cost(self, sample: Sample, count: int) -> int:
         """Of the budget."""
-        if self.reach is None or count <= 1 or not self.rows:
+        if self.reach is None or count <= 1 or not self._counts(sample):
             return count
         cost = count * (1 + (sample.num_computed + count / 2) / self.reach)
         return min(math.ceil(cost), self.budget)

@@ -142,7 +142,8 @@ def test_a_long_prompt_never_makes_a_stream_miss_a_step(make_loop: LoopFactory) 
 
 
 def test_a_chunk_far_on_in_a_prompt_is_short_beside_streams(make_loop: LoopFactory) -> None:
-    """A token at position p takes 1 + p / reach; no step beside a stream takes more than 64."""
+    """A token at position p takes 1 + p / reach; no step beside a stream takes more than 64, but
+    for a prompt's beginning."""
     loop = make_loop(
         num_blocks=400, block_size=16, max_context=5000, max_tokens_per_step=64, max_running=8
     )
@@ -164,7 +165,7 @@ def test_a_chunk_far_on_in_a_prompt_is_short_beside_streams(make_loop: LoopFacto
             plan = each.step()
             new = max(row.num_new for row in plan.rows)
             took = sum(1 + (done + place) / reach for place in range(new))
-            assert len(plan.rows) == 2 and took <= 64 + (1 + done / reach)
+            assert len(plan.rows) == 2 and took <= 64 + (1 + done / reach) or done < reach / 4
             done, count = done + new, count + 1
         steps.append(count)
         each.run()
