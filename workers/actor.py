@@ -23,7 +23,6 @@ from .machine import (
     interface_of,
     memory_available,
     read_ahead,
-    settle,
     shared_memory_works,
 )
 
@@ -112,9 +111,7 @@ class RankActor:
         from phalanx.workers.serve import serve_rank
 
         def build(spec: WorkerSpec) -> object:
-            engine = build_engine(spec, self._rank, rendezvous, self._listener)
-            settle()
-            return engine
+            return build_engine(spec, self._rank, rendezvous, self._listener)
 
         try:
             serve_rank(

@@ -16,7 +16,7 @@ from phalanx.protos.places import Invitation, Place
 from phalanx.protos.specs import WorkerSpec
 from phalanx.protos.wire import Hello
 
-from .machine import cpu_count, fast_bfloat16, memory_available, settle, shared_memory_works
+from .machine import cpu_count, fast_bfloat16, memory_available, shared_memory_works
 
 LOOPBACK = "127.0.0.1"
 
@@ -51,9 +51,7 @@ def _serve(invitation: Invitation, listener: socket.socket) -> None:
         listener.close()
 
     def build(spec: WorkerSpec) -> object:
-        engine = build_engine(spec, invitation.rank, invitation, own)
-        settle()
-        return engine
+        return build_engine(spec, invitation.rank, invitation, own)
 
     hello = Hello(invitation.rank, invitation.epoch, invitation.secret)
     host = invitation.exchange_host

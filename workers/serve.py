@@ -32,6 +32,7 @@ from phalanx.protos.wire import (
 
 from .engine import Engine
 from .exchange import BlockExchange
+from .machine import settle
 from .pending import PendingStep
 from .tracing import step_spans
 
@@ -93,7 +94,7 @@ def serve_rank(
     error is told to the step loop before it is raised here. on_orphaned: see `Voice`.
     exchange_host: address at which ranks of other replicas get KV blocks; None: they do not.
     own_process: this process serves nothing else, so that it may tell the step loop of which
-    fatal signal it dies.
+    fatal signal it dies, and keep its garbage collector from what was loaded.
     """
     with (
         socket.create_connection(address) as connection,
@@ -103,7 +104,8 @@ def serve_rank(
         voice = Voice(connection, on_orphaned)
         try:
             voice.say(hello)
-            _serve(connection, voice, hello, build, exchange_host)
+            loaded = settle if own_process else lambda: None
+            _serve(connection, voice, hello, build, exchange_host, loaded)
         except PhalanxError as error:
             _tell(voice, type(error).__name__, str(error))
             raise
@@ -139,6 +141,7 @@ def _serve(
     hello: Hello,
     build: Callable[[WorkerSpec], Engine],
     exchange_host: str | None,
+    loaded: Callable[[], None],
 ) -> None:
     start = read_to_rank(connection)
     if isinstance(start, Stop):
@@ -155,6 +158,7 @@ def _serve(
             voice.say(Progress(done, total))
 
     report = engine.load(progress)
+    loaded()
     with contextlib.ExitStack() as stack:
         exchange = None
         if exchange_host is not None:

@@ -227,10 +227,10 @@ def estimate(request: Request, candidate: Candidate) -> Estimate:
     are Little's law: places and room are given back at the rate at which streams end, and requests
     come at the rate at which they end, ``streams / (2 * mean output left * step_s)``, as a stream
     is half done on average. others is what this request costs those who are there and those who come:
-    what it computes displaces what others have cached; who comes while the queue ahead is computed waits for all of this prompt, who comes while it is
-    computed itself, for half of it on average (Haviv and Ritov 1998); every stream stands still for
-    as long as the prompt is computed, and has longer steps while the answer is, as the answer itself
-    has from every stream. As all of it grows with what a replica has been given, the holder of a
+    what it computes displaces what others have cached; who comes while the queue ahead is computed
+    waits for all of this prompt, who comes while it is computed itself, for half of it on average
+    (Haviv and Ritov 1998); every stream stands still for as long as the prompt is computed, and has
+    longer steps while the answer is, as the answer itself has from every stream. As all of it grows with what a replica has been given, the holder of a
     popular prefix loses its advantage once it costs more to wait for it than to compute the prefix
     again; whoever does so holds the prefix from then on.
     """

@@ -36,24 +36,26 @@ class PlanDraft:
     def count(self, sample: Sample) -> int:
         """Tokens that the sample would compute: what remains, as far as the budget goes. Where
         others wait for the same step, a token far on in a prompt counts for more than one."""
-        most = min(sample.remaining, self.budget)
-        if self.reach is None or most <= 1 or not self._counts(sample):
+        most, reach = min(sample.remaining, self.budget), self._reach(sample)
+        if reach is None or most <= 1:
             return most
         # the n tokens from position p on cost n + n (p + n / 2) / reach; they are to fit
-        far = self.reach + sample.num_computed
-        fitting = math.sqrt(far * far + 2 * self.reach * self.budget) - far
+        far = reach + sample.num_computed
+        fitting = math.sqrt(far * far + 2 * reach * self.budget) - far
         return min(most, max(int(fitting), 1))
-
-    def _counts(self, sample: Sample) -> bool:
-        """Whether its attention does; near the beginning of a prompt it is not worth cutting for."""
-        return bool(self.rows) and sample.num_computed >= NEAR * (self.reach or 0.0)
 
     def _cost(self, sample: Sample, count: int) -> int:
         """Of the budget."""
-        if self.reach is None or count <= 1 or not self._counts(sample):
+        reach = self._reach(sample)
+        if reach is None or count <= 1:
             return count
-        cost = count * (1 + (sample.num_computed + count / 2) / self.reach)
-        return min(math.ceil(cost), self.budget)
+        return min(math.ceil(count * (1 + (sample.num_computed + count / 2) / reach)), self.budget)
+
+    def _reach(self, sample: Sample) -> float | None:
+        """None: its attention is not counted. Near the beginning of a prompt it is not worth it."""
+        if self.reach is None or not self.rows or sample.num_computed < NEAR * self.reach:
+            return None
+        return self.reach
 
     def add(self, sample: Sample, new_blocks: list[int], state: StateUse | None = None) -> None:
         """Let the sample compute `count` tokens."""
