@@ -176,6 +176,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_close": (None, [_P]),
     "phx_isa": (c_char_p, [_P]),
     "phx_pack": (_P, [_P, _P, _T, _L, _L, _P, _T]),
+    "phx_packed_bytes": (_L, [_P]),
     "phx_unpack_rows": (None, [_P, _P, _L, _P]),
     "phx_matmul": (None, [_P, _P, _P, _T, _L, _P, _T]),
     "phx_best": (None, [_P, _P, _P, _T, _L, _P, _P]),

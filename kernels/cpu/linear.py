@@ -37,6 +37,11 @@ class PackedWeight:
             packed,
         )
 
+    @property
+    def bytes(self) -> int:
+        """What the weight takes in panels."""
+        return int(self._backend.library.phx_packed_bytes(self.handle))
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out], sums in float32 or exact."""
         return self._multiply(x, self.dtype)

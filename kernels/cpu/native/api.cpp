@@ -46,6 +46,8 @@ PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_
     return pack(*b, weight, type, out, in, bias, packed);
 }
 
+PHX_EXPORT int64_t phx_packed_bytes(const Matrix* m) { return packed_bytes(*m); }
+
 // An embedding table that is also the output head is kept once.
 PHX_EXPORT void phx_unpack_rows(const Matrix* m, const int64_t* ids, int64_t count, void* out) {
     unpack_rows(*m, ids, count, out);

@@ -72,7 +72,7 @@ struct Matrix {
     int32_t* sums;  // int8: [panels * 32], kUnsigned * sum of the row's int8
     const CompactTable* table;    // kCompact, as are the next
     const Escape* escapes;
-    const int64_t* first_escape;  // [panels]
+    const int64_t* first_escape;  // [panels + 1]
 };
 
 // Where one step's sequences stand in the batch and in the pages.

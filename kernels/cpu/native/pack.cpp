@@ -17,8 +17,7 @@ Matrix* new_matrix(Backend& b, int64_t out, int64_t in, int32_t type) {
     m->units = (in + per_word - 1) / per_word;
     m->panels = (out + kPanel - 1) / kPanel;
     m->type = type;
-    int64_t bytes = type == kCompact ? compact_bytes(m->units) : m->units * kPanel * 4;
-    m->data = (uint32_t*)b.arena.take(m->panels * bytes, false);
+    m->data = (uint32_t*)b.arena.take(packed_bytes(*m), false);
     m->bias = (float*)b.arena.take(m->panels * kPanel * 4);
     if (type == kInt8) {
         m->scales = (float*)b.arena.take(m->panels * kPanel * 4);
@@ -153,7 +152,7 @@ void keep_escapes(Backend& b, Matrix* m, const std::vector<std::vector<Escape>>&
     int64_t total = 0;
     for (const auto& own : escapes) total += (int64_t)own.size() + 1;
     auto* place = (Escape*)b.arena.take(total * (int64_t)sizeof(Escape));
-    auto* first = (int64_t*)b.arena.take(m->panels * 8);
+    auto* first = (int64_t*)b.arena.take((m->panels + 1) * 8);
     m->escapes = place;
     m->first_escape = first;
     for (int64_t p = 0; p < m->panels; p++) {
@@ -161,11 +160,13 @@ void keep_escapes(Backend& b, Matrix* m, const std::vector<std::vector<Escape>>&
         place = std::copy(escapes[p].begin(), escapes[p].end(), place);
         *place++ = {kNoPair, 0, 0};
     }
+    first[m->panels] = total;
 }
 
 // Null where the weight is kept plain: it has too many exponents, or numbers that are not finite.
 Matrix* try_compact(Backend& b, const char* weight, int64_t out, int64_t in) {
     constexpr int64_t kRare = 256;  // weights to one escape, at the least
+    if (in == 0) return nullptr;
     int64_t counts[256] = {};
     std::mutex adding;
     b.pool.run([&](Team& team) {
@@ -209,6 +210,12 @@ Matrix* pack(Backend& b, const void* weight, int32_t type, int64_t out, int64_t 
     }
     if (bias) std::memcpy(m->bias, bias, out * 4);
     return m;
+}
+
+int64_t packed_bytes(const Matrix& m) {
+    int64_t panel = m.type == kCompact ? compact_bytes(m.units) : m.units * kPanel * 4;
+    int64_t escapes = m.first_escape ? m.first_escape[m.panels] * (int64_t)sizeof(Escape) : 0;
+    return m.panels * panel + escapes;
 }
 
 void unpack_rows(const Matrix& m, const int64_t* ids, int64_t count, void* out) {

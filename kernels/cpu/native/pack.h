@@ -10,6 +10,8 @@ namespace phalanx {
 Matrix* pack(Backend& backend, const void* weight, int32_t type, int64_t out, int64_t in,
              const float* bias, int32_t packed);
 
+int64_t packed_bytes(const Matrix& matrix);  // of its weights
+
 // Rows `ids` as they were, out [count, in]; not of kInt8.
 void unpack_rows(const Matrix& matrix, const int64_t* ids, int64_t count, void* out);
 
