@@ -14,6 +14,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8 = 2
 POOL_TYPES = TYPES | {torch.int8: INT8}
 """And those of KV pools."""
+COMPACT = 5
+"""What weights of bfloat16 become that are kept in 12 bits (native/compact.h)."""
 PANELS, BYTE_PANELS = 3, 4
 """What it calls pools in panels: of bfloat16 (native/panels.inl), of int8 (byte_panels.inl)."""
 
@@ -163,7 +165,7 @@ class Step(ctypes.Structure):
     ]
 
 
-INTERFACE = 3
+INTERFACE = 4
 """Counts changes of what crosses the interface; the library has the same number (native/api.cpp)."""
 MOST_GROUP, MOST_DIM, MOST_RANKS = 256, 1024, 64
 """Query heads that share a kv head, head dimension, ranks: kMostGroup, kMostDim, kMostRanks."""
@@ -174,6 +176,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_close": (None, [_P]),
     "phx_isa": (c_char_p, [_P]),
     "phx_pack": (_P, [_P, _P, _T, _L, _L, _P, _T]),
+    "phx_packed_bytes": (_L, [_P]),
     "phx_unpack_rows": (None, [_P, _P, _L, _P]),
     "phx_matmul": (None, [_P, _P, _P, _T, _L, _P, _T]),
     "phx_best": (None, [_P, _P, _P, _T, _L, _P, _P]),

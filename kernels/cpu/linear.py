@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .library import INT8, TYPES
+from .library import COMPACT, INT8, TYPES
 
 if TYPE_CHECKING:
     from .native_backend import NativeBackend
@@ -36,6 +36,11 @@ class PackedWeight:
             None if wide is None else wide.data_ptr(),
             packed,
         )
+
+    @property
+    def bytes(self) -> int:
+        """What the weight takes in panels."""
+        return int(self._backend.library.phx_packed_bytes(self.handle))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out], sums in float32 or exact."""
@@ -76,10 +81,11 @@ class PackedWeight:
 
 
 class NativeLinear(PackedWeight):
-    """A weight in its own dtype."""
+    """A weight in its own dtype; of bfloat16, in 12 bits that say the same (native/compact.h)."""
 
     def __init__(self, backend: NativeBackend, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(backend, weight, bias, TYPES[weight.dtype])
+        compact = weight.dtype is torch.bfloat16 and backend.compact
+        super().__init__(backend, weight, bias, COMPACT if compact else TYPES[weight.dtype])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight as it was packed, [n, in]."""

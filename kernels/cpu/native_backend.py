@@ -29,9 +29,12 @@ class NativeBackend(CpuBackend):
 
     name = "cpu-native"
 
-    def __init__(self, threads: int | None = None, isa: str = "") -> None:
-        """`threads` of the team, torch's number by default; `isa` forces an instruction set."""
-        self.library = load_library()
+    def __init__(self, threads: int | None = None, isa: str = "", compact: bool = True) -> None:
+        """`threads` of the team, torch's number by default; `isa` forces an instruction set.
+
+        compact: keep weights of bfloat16 in 12 bits.
+        """
+        self.library, self.compact = load_library(), compact
         self.threads = threads or torch.get_num_threads()
         handle: int | None = self.library.phx_open(isa.encode(), self.threads)
         if handle is None:

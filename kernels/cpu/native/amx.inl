@@ -24,11 +24,12 @@ struct Remainder {
     }
 };
 
-// sums [rows <= 32, 32] of 32-bit words: floats, or integers for bytes.
+// sums [rows <= 32, 32] of 32-bit words: floats, or integers for bytes; added to what is there when
+// `onto`.
 template <class Tiles>
 static void tile_block(Tiles& tiles, const uint32_t* x, int64_t x_stride, int64_t rows,
-                       const uint32_t* panel, int64_t units, uint32_t* sums) {
-    tiles.clear();
+                       const uint32_t* panel, int64_t units, uint32_t* sums, bool onto = false) {
+    onto ? tiles.resume(sums) : tiles.clear();
     int64_t u = 0;
     for (; u + kTile <= units; u += kTile) tiles.step(x + u, x_stride, panel + u * kPanel);
     if (u < units) {
@@ -59,6 +60,47 @@ template <class Out, class Value>
 static void put_row(const Matrix& m, int64_t first, Value value, Out* out) {
     int64_t count = least(kPanel, m.out - first);
     for (int64_t i = 0; i < count; i++) put(out + first + i, value(i) + m.bias[first + i]);
+}
+
+// The same with a compact matrix, a chunk of a panel being expanded at a time.
+template <class Tiles, class Finish>
+static void compact_product(const Isa& vectors, const Matrix& m, const uint32_t* x,
+                            int64_t x_stride, int64_t rows, int64_t begin, int64_t end,
+                            Finish finish) {
+    constexpr int64_t kChunk = 256, kRows = 192;
+    alignas(64) uint32_t sums[kRows * kPanel], words[kChunk * kPanel];
+    for (int64_t p = begin; p < end; p++) {
+        for (int64_t row = 0; row < rows; row += kRows) {
+            int64_t count = least(kRows, rows - row);
+            for (int64_t u = 0; u < m.units; u += kChunk) {
+                int64_t units = least(kChunk, m.units - u);
+                vectors.expand_units(m, p, u, u + units, words);
+                for (int64_t r = 0; r < count; r += 2 * kTile) {
+                    int64_t block = least(2 * kTile, count - r);
+                    Tiles tiles(block);
+                    tile_block(tiles, x + (row + r) * x_stride + u, x_stride, block, words, units,
+                               sums + r * kPanel, u > 0);
+                }
+            }
+            for (int64_t r = 0; r < count; r++) finish(row + r, sums + r * kPanel, p * kPanel);
+        }
+    }
+}
+
+template <class Floats, const Isa* (*vectors)()>
+static void matmul_compact_tiles(const Matrix& m, const void* x_any, int64_t x_stride, int64_t rows,
+                                 void* out, int64_t out_stride, int32_t out_type, int64_t begin,
+                                 int64_t end) {
+    auto finish = [&](int64_t row, const uint32_t* sums, int64_t first) {
+        auto value = [&](int64_t i) { return from_bits(sums[i]); };
+        if (out_type == kFloat) {
+            put_row(m, first, value, (float*)out + row * out_stride);
+        } else {
+            put_row(m, first, value, (bf16*)out + row * out_stride);
+        }
+    };
+    const auto* x = (const uint32_t*)x_any;
+    compact_product<Floats>(*vectors(), m, x, x_stride / 2, rows, begin, end, finish);
 }
 
 template <class Floats>

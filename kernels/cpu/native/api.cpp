@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "pack.h"
 
 using namespace phalanx;
 
@@ -27,7 +28,7 @@ static void for_rows(Backend* b, int64_t rows, int64_t size, Body body) {
 
 // Counts changes of what crosses this interface: functions, structures, layouts of memory. Python's
 // side has the same number (library.py).
-PHX_EXPORT int32_t phx_interface() { return 3; }
+PHX_EXPORT int32_t phx_interface() { return 4; }
 
 PHX_EXPORT Backend* phx_open(const char* isa_name, int threads) {
     const Isa* isa = find_isa(isa_name);
@@ -38,73 +39,18 @@ PHX_EXPORT void phx_close(Backend* backend) { delete backend; }
 
 PHX_EXPORT const char* phx_isa(Backend* backend) { return backend->isa->name; }
 
-static Matrix* new_matrix(Backend* b, int64_t out, int64_t in, int32_t type, int64_t per_word) {
-    auto* m = (Matrix*)b->arena.take(sizeof(Matrix));
-    *m = {out, in, (in + per_word - 1) / per_word, (out + kPanel - 1) / kPanel, type,
-          nullptr, nullptr, nullptr, nullptr};
-    m->data = (uint32_t*)b->arena.take(m->panels * m->units * kPanel * 4, false);
-    m->bias = (float*)b->arena.take(m->panels * kPanel * 4);
-    if (type == kInt8) {
-        m->scales = (float*)b->arena.take(m->panels * kPanel * 4);
-        m->sums = (int32_t*)b->arena.take(m->panels * kPanel * 4);
-    }
-    return m;
-}
-
-// Rows of panel p as levels [32, units * 4], with their scales and the sums that undo kUnsigned.
-static void quantize_panel(Backend* b, Matrix* m, const char* weight, int32_t type, int64_t p,
-                           int8_t* levels) {
-    int64_t padded = m->units * 4;
-    for (int64_t i = 0; i < least(kPanel, m->out - p * kPanel); i++) {
-        int64_t row = p * kPanel + i;
-        int8_t* place = levels + i * padded;
-        m->scales[row] = b->isa->quantize(weight + row * m->in * type_bytes(type), type, m->in,
-                                          padded, 0, (uint8_t*)place);
-        int32_t sum = 0;
-        for (int64_t k = 0; k < padded; k++) sum += place[k];
-        m->sums[row] = kUnsigned * sum;
-    }
-}
-
-// weight [out, in] of floats or bfloat16, row by row; bias [out] floats or null. With `packed`
-// kInt8 the weight is rounded to levels with a scale for each output, else `packed` is `type`.
+// See pack.h.
 PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_t out, int64_t in,
                             const float* bias, int32_t packed) {
     Turn turn(b->busy);
-    int64_t per_word = 4 / type_bytes(packed);
-    Matrix* m = new_matrix(b, out, in, packed, per_word);
-    if (bias) std::memcpy(m->bias, bias, out * 4);
-    b->pool.run([&](Team& team) {
-        team.split(m->panels, 4, [&](int64_t begin, int64_t end) {
-            int64_t bytes = packed == kInt8 ? m->units * 4 : in * type_bytes(type);
-            auto* levels = (int8_t*)b->scratch[team.thread].get(kPanel * bytes);
-            for (int64_t p = begin; p < end; p++) {
-                const char* rows = (const char*)weight + p * kPanel * bytes;
-                if (packed == kInt8) {
-                    quantize_panel(b, m, (const char*)weight, type, p, levels);
-                    rows = (const char*)levels;
-                }
-                b->isa->pack_panel(rows, bytes, least(kPanel, out - p * kPanel), bytes, m->units,
-                                   m->data + p * m->units * kPanel);
-            }
-        });
-    });
-    return m;
+    return pack(*b, weight, type, out, in, bias, packed);
 }
 
-// Rows `ids` of a packed matrix, as they were: an embedding table that is also the output head
-// is kept once. out [count, in] in the matrix's type.
+PHX_EXPORT int64_t phx_packed_bytes(const Matrix* m) { return packed_bytes(*m); }
+
+// An embedding table that is also the output head is kept once.
 PHX_EXPORT void phx_unpack_rows(const Matrix* m, const int64_t* ids, int64_t count, void* out) {
-    int64_t per_word = m->type == kFloat ? 1 : 2, bytes = 4 / per_word;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t* column = m->data + ids[i] / kPanel * m->units * kPanel + ids[i] % kPanel;
-        char* row = (char*)out + i * m->in * bytes;
-        for (int64_t u = 0; u < m->units; u++) {
-            int64_t first = u * per_word;
-            std::memcpy(row + first * bytes, column + u * kPanel,
-                        bytes * least(per_word, m->in - first));
-        }
-    }
+    unpack_rows(*m, ids, count, out);
 }
 
 // bfloat16 rows of odd length end in half a word: copied, with a zero behind them.
@@ -124,7 +70,7 @@ static void with_operand(Backend* b, const Matrix* m, const void* x, int32_t x_t
     bool in_bytes = m->type == kInt8;
     if (in_bytes) {
         operand = {b->rows.get(rows * m->units * 4), (float*)b->scales.get(rows * 4), m->units * 4};
-    } else if (m->type == kBf16 && m->in % 2) {
+    } else if (m->type != kFloat && m->in % 2) {
         operand = {b->rows.get(rows * (m->in + 1) * 2), nullptr, m->in + 1};
         even_rows(x, rows, m->in, (char*)operand.x);
     }

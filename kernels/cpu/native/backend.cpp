@@ -64,7 +64,9 @@ void multiply_panels(const Isa& isa, const Matrix& matrix, const Operand& operan
         return isa.matmul_int8(matrix, (const uint8_t*)operand.x, operand.stride, operand.scales,
                                rows, out, out_stride, out_type, begin, end);
     }
-    auto* matmul = matrix.type == kFloat ? isa.matmul_float : isa.matmul_bf16;
+    auto* matmul = matrix.type == kFloat     ? isa.matmul_float
+                   : matrix.type == kCompact ? isa.matmul_compact
+                                             : isa.matmul_bf16;
     matmul(matrix, operand.x, operand.stride, rows, out, out_stride, out_type, begin, end);
 }
 }  // namespace

@@ -44,8 +44,10 @@ constexpr int64_t kMostGroup = 256; // query heads that may share one kv head
 constexpr int64_t kMostDim = 1024;  // of a head, where it is kept on the stack
 
 // Pools whose blocks are laid out as attention reads them: kPanels, of bfloat16 (panels.inl), and
-// kBytePanels, of int8 (byte_panels.inl).
-enum Type : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2, kPanels = 3, kBytePanels = 4 };
+// kBytePanels, of int8 (byte_panels.inl). Weights of bfloat16 in 12 bits: kCompact (compact.h).
+enum Type : int32_t {
+    kFloat = 0, kBf16 = 1, kInt8 = 2, kPanels = 3, kBytePanels = 4, kCompact = 5
+};
 INLINE int64_t type_bytes(int32_t type) {
     return type == kFloat ? 4 : type == kInt8 || type == kBytePanels ? 1 : 2;
 }
@@ -54,6 +56,9 @@ INLINE int64_t type_bytes(int32_t type) {
 constexpr int32_t kUnsigned = 128;
 // A token of one head in an int8 pool: its levels, and behind them their scale, a float.
 constexpr int64_t kScaleBytes = 4;
+
+struct CompactTable;
+struct Escape;
 
 // A weight [out, in] cut into panels of 32 outputs. A panel is [units][32] words of 32 bits; a
 // word holds one float, two bfloat16 or four int8 of consecutive inputs. Missing outputs and
@@ -65,6 +70,9 @@ struct Matrix {
     float* bias;    // [panels * 32], zeros where there is none
     float* scales;  // int8: [panels * 32], weight = scale * int8
     int32_t* sums;  // int8: [panels * 32], kUnsigned * sum of the row's int8
+    const CompactTable* table;    // kCompact, as are the next
+    const Escape* escapes;
+    const int64_t* first_escape;  // [panels + 1]
 };
 
 // Where one step's sequences stand in the batch and in the pages.
@@ -106,7 +114,10 @@ struct Isa {
     using Matmul = void (*)(const Matrix& matrix, const void* x, int64_t x_stride, int64_t rows,
                             void* out, int64_t out_stride, int32_t out_type, int64_t begin,
                             int64_t end);
-    Matmul matmul_float, matmul_bf16;
+    Matmul matmul_float, matmul_bf16, matmul_compact;
+    // Units [begin, end) of a panel of a compact matrix, `begin` even, as they are in a plain one.
+    void (*expand_units)(const Matrix& matrix, int64_t panel, int64_t begin, int64_t end,
+                         uint32_t* words);
     // A panel [units][32] of `count` rows of so many bytes, `row_bytes` apart; zeros where there is
     // no row or no input.
     void (*pack_panel)(const char* rows, int64_t row_bytes, int64_t count, int64_t bytes,

@@ -1,5 +1,5 @@
 // Products by AMX tiles; all else as for AVX-512 with bfloat16.
-#include "common.h"
+#include "compact.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,6 +13,7 @@ template <class Sum>
 struct Tiles {
     explicit Tiles(int64_t rows) : rows(rows) {}
     void clear() { std::memset(sums, 0, sizeof sums); }
+    void resume(const uint32_t* from) { std::memcpy(sums, from, rows * kPanel * 4); }
     void step(const uint32_t* x, int64_t x_stride, const uint32_t* panel) {
         for (int64_t r = 0; r < rows; r++) {
             for (int64_t u = 0; u < kTile; u++) {
@@ -39,11 +40,12 @@ struct Tiles {
 }  // namespace imitated
 
 namespace {
-Isa with_products(const char* name, const Isa* base, Isa::Matmul floats,
+Isa with_products(const char* name, const Isa* base, Isa::Matmul floats, Isa::Matmul compact,
                   Isa::MatmulInt8 bytes) {
     Isa table = *base;
     table.name = name;
     table.matmul_bf16 = floats;
+    table.matmul_compact = compact;
     table.matmul_int8 = bytes;
     return table;
 }
@@ -52,6 +54,8 @@ Isa with_products(const char* name, const Isa* base, Isa::Matmul floats,
 const Isa* isa_amx_imitated() {
     static const Isa table = with_products("amx_imitated", isa_plain(),
                                            imitated::matmul_tiles<imitated::Tiles<float>>,
+                                           imitated::matmul_compact_tiles<imitated::Tiles<float>,
+                                                                          isa_plain>,
                                            imitated::matmul_int8_tiles<imitated::Tiles<int32_t>>);
     return &table;
 }
@@ -96,6 +100,14 @@ struct Tiles {
         _tile_zero(2);
         _tile_zero(3);
     }
+    void resume(const uint32_t* from) {
+        memory_is_written();
+        _tile_loadd(0, from, kPanel * 4);
+        _tile_loadd(1, from + kTile, kPanel * 4);
+        if (!lower) return;
+        _tile_loadd(2, from + kTile * kPanel, kPanel * 4);
+        _tile_loadd(3, from + kTile * kPanel + kTile, kPanel * 4);
+    }
     void step(const uint32_t* x, int64_t x_stride, const uint32_t* panel) {
         memory_is_written();
         _tile_loadd(6, panel, kPanel * 4);
@@ -138,6 +150,8 @@ struct Tiles {
 const Isa* isa_amx() {
     static const Isa table = with_products("amx", isa_avx512_bf16(),
                                            amx::matmul_tiles<amx::Tiles<false>>,
+                                           amx::matmul_compact_tiles<amx::Tiles<false>,
+                                                                     isa_avx512_bf16>,
                                            amx::matmul_int8_tiles<amx::Tiles<true>>);
     return &table;
 }

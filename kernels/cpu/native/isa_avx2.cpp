@@ -1,5 +1,5 @@
 // Every kernel for AVX2 with FMA.
-#include "common.h"
+#include "compact.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // Every kernel for AVX2 with FMA and int8 dot products.
-#include "common.h"
+#include "compact.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // Every kernel for AVX-512 as of Skylake servers.
-#include "common.h"
+#include "compact.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

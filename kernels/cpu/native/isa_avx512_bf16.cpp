@@ -1,5 +1,5 @@
 // Every kernel for AVX-512 with bfloat16 and int8 dot products.
-#include "common.h"
+#include "compact.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // Every kernel in plain C++.
-#include "common.h"
+#include "compact.h"
 
 #define PHX_NAME "plain"
 namespace phalanx {

@@ -1,4 +1,5 @@
 #include "matmul.inl"
+#include "compact.inl"
 #include "rows.inl"
 #include "pages.inl"
 #include "attention.inl"

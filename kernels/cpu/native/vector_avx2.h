@@ -76,6 +76,7 @@ INLINE void zip(const int8_t* first, const int8_t* second, uint32_t* out) {
 using Pairs = __m256i;
 struct Spread { V low, high; };
 INLINE Pairs load_pairs(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE void store_pairs(uint32_t* p, Pairs x) { _mm256_storeu_si256((__m256i*)p, x); }
 INLINE Spread spread(uint32_t pair) {
     return {set1(from_bits(pair << 16)), set1(from_bits(pair & 0xffff0000u))};
 }
@@ -83,6 +84,23 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
     acc = fma(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), x.low, acc);
     __m256i high = _mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000u));
     return fma(_mm256_castsi256_ps(high), x.high, acc);
+}
+
+// 32 bytes
+using Bytes = __m256i;
+INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE Bytes load_table(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+}
+INLINE Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
+INLINE Bytes lower_halves(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+INLINE Bytes upper_halves(Bytes x) { return lower_halves(_mm256_srli_epi16(x, 4)); }
+INLINE void join(Bytes marks, Bytes high, Bytes low, Pairs& first, Pairs& second) {
+    Bytes sign = _mm256_set1_epi8((char)0x80);
+    high = _mm256_or_si256(_mm256_and_si256(sign, marks), high);
+    low = _mm256_or_si256(_mm256_andnot_si256(sign, marks), low);
+    first = _mm256_unpacklo_epi8(low, high);
+    second = _mm256_unpackhi_epi8(low, high);
 }
 
 using I = __m256i;

@@ -64,6 +64,7 @@ INLINE void store(bf16* p, V x) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
 INLINE Pairs load_pairs(const uint32_t* p) { return (Pairs)_mm512_loadu_si512(p); }
+INLINE void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, (__m512i)x); }
 INLINE Spread spread(uint32_t pair) { return (Spread)_mm512_set1_epi32((int)pair); }
 INLINE V dot_pairs(V acc, Pairs w, Spread x) { return _mm512_dpbf16_ps(acc, w, x); }
 #else
@@ -78,6 +79,7 @@ INLINE void store(bf16* p, V x) {  // round to nearest even; a NaN keeps a set m
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
 }
 INLINE Pairs load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
+INLINE void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x); }
 INLINE Spread spread(uint32_t pair) {
     return {set1(from_bits(pair << 16)), set1(from_bits(pair & 0xffff0000u))};
 }
@@ -87,6 +89,25 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
     return fma(_mm512_castsi512_ps(high), x.high, acc);
 }
 #endif
+
+// 64 bytes; tables of 16 bytes are looked up by codes of [0, 15].
+using Bytes = __m512i;
+INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE Bytes load_table(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+}
+INLINE Bytes look_up(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+INLINE Bytes lower_halves(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+INLINE Bytes upper_halves(Bytes x) { return lower_halves(_mm512_srli_epi16(x, 4)); }
+// Numbers of a sign and seven bits of fraction in `marks`, and what the exponent adds to their upper
+// and lower bytes; `second` holds every other four words.
+INLINE void join(Bytes marks, Bytes high, Bytes low, Pairs& first, Pairs& second) {
+    Bytes sign = _mm512_set1_epi8((char)0x80);
+    high = _mm512_ternarylogic_epi32(sign, marks, high, 0xea);  // sign & marks | high
+    low = _mm512_ternarylogic_epi32(sign, marks, low, 0xae);    // ~sign & marks | low
+    first = (Pairs)_mm512_unpacklo_epi8(low, high);
+    second = (Pairs)_mm512_unpackhi_epi8(low, high);
+}
 
 // Four bytes a lane: unsigned activations times signed weights, summed into 32 bits.
 using I = __m512i;

@@ -58,6 +58,7 @@ INLINE void zip(const int8_t* first, const int8_t* second, uint32_t* out) {
 struct Pairs { uint32_t at[8]; };
 struct Spread { float low, high; };
 INLINE Pairs load_pairs(const uint32_t* p) { Pairs r; PHX_LANES r.at[i] = p[i]; return r; }
+INLINE void store_pairs(uint32_t* p, Pairs x) { PHX_LANES p[i] = x.at[i]; }
 INLINE Spread spread(uint32_t pair) {
     return {from_bits(pair << 16), from_bits(pair & 0xffff0000u)};
 }
@@ -68,6 +69,30 @@ INLINE V dot_pairs(V acc, Pairs w, Spread x) {
     }
     return acc;
 }
+
+struct Bytes { uint8_t at[32]; };
+#define PHX_BYTES for (int i = 0; i < 32; i++)
+INLINE Bytes load_bytes(const uint8_t* p) { Bytes r; PHX_BYTES r.at[i] = p[i]; return r; }
+INLINE Bytes load_table(const uint8_t* p) { Bytes r; PHX_BYTES r.at[i] = p[i % 16]; return r; }
+INLINE Bytes look_up(Bytes table, Bytes codes) {
+    PHX_BYTES codes.at[i] = table.at[codes.at[i]];
+    return codes;
+}
+INLINE Bytes lower_halves(Bytes x) { PHX_BYTES x.at[i] &= 15; return x; }
+INLINE Bytes upper_halves(Bytes x) { PHX_BYTES x.at[i] >>= 4; return x; }
+INLINE void join(Bytes marks, Bytes high, Bytes low, Pairs& first, Pairs& second) {
+    PHX_BYTES {
+        high.at[i] |= marks.at[i] & 128;
+        low.at[i] |= marks.at[i] & 127;
+    }
+    PHX_LANES {  // word i of `first` is in bytes 2 k of 16 l, of `second` eight bytes behind
+        int at = i / 4 * 16 + i % 4 * 2;
+        auto word = [&](int byte) { return low.at[byte] | (uint32_t)high.at[byte] << 8; };
+        first.at[i] = word(at) | word(at + 1) << 16;
+        second.at[i] = word(at + 8) | word(at + 9) << 16;
+    }
+}
+#undef PHX_BYTES
 
 INLINE I zero_int() { I r; PHX_LANES r.at[i] = 0; return r; }
 INLINE I load_int(const uint32_t* p) { I r; PHX_LANES r.at[i] = (int32_t)p[i]; return r; }
