@@ -86,14 +86,25 @@ static float soften_bytes(float* scores, const float* value_scales, float* peak,
     }
     float most = largest(top);
     V inverse = set1(most > 1e-30f ? kMostWeight / most : 0.0f);
-    alignas(64) uint8_t bytes[2 * kKeys];
+    auto* bytes = (uint8_t*)scores;
     UNROLL for (int v = 0; v < kParts; v++) {
         V whole = minimum(mul(scaled[v], inverse), set1(kMostWeight));
         store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole);
     }
-    std::memcpy(scores, bytes, sizeof bytes);
     *weight += sum(total);
     return most / kMostWeight;
+}
+
+// Sums leave the registers all at once: what is done with them afterwards would take registers
+// from the loop that they come from.
+template <int R, int N>
+INLINE void set_down(const I (&high)[R][N], const I (&low)[R][N], I (&sums)[2][R][N]) {
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < N; v++) {
+            sums[0][r][v] = high[r][v];
+            sums[1][r][v] = low[r][v];
+        }
+    }
 }
 
 // scores [R, 64] of N vectors of keys, without the keys' scales.
@@ -121,12 +132,15 @@ static void score_bytes(const Attention& call, const AttentionScratch& s, int64_
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++) {
+    I sums[2][R][N];
+    set_down<R, N>(high, low, sums);
+    ROLLED for (int r = 0; r < R; r++) {
         V scale = set1(s.row_scales[row + r]), step = set1(256.0f);
         I upper = set1_int(s.query_sums[2 * (row + r)]);
         I lower = set1_int(s.query_sums[2 * (row + r) + 1]);
         UNROLL for (int v = 0; v < N; v++) {
-            V h = to_float(subtract(high[r][v], upper)), l = to_float(subtract(low[r][v], lower));
+            V h = to_float(subtract(sums[0][r][v], upper));
+            V l = to_float(subtract(sums[1][r][v], lower));
             store(scores + r * kKeys + v * kWidth, mul(fma(h, step, l), scale));
         }
     }
@@ -157,11 +171,13 @@ static void mix_bytes(const Attention& call, const AttentionScratch& s, int64_t 
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++) {
+    I exact[2][R][N];
+    set_down<R, N>(high, low, exact);
+    ROLLED for (int r = 0; r < R; r++) {
         V scale = set1(s.weight_scales[row + r]), step = set1(256.0f);
         UNROLL for (int v = 0; v < N; v++) {
             float* place = sums + v / kVectors * slice + r * kPanel + v % kVectors * kWidth;
-            V total = fma(to_float(high[r][v]), step, to_float(low[r][v]));
+            V total = fma(to_float(exact[0][r][v]), step, to_float(exact[1][r][v]));
             store(place, fma(total, scale, load(place)));
         }
     }
