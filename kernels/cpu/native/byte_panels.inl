@@ -71,28 +71,25 @@ static float split_query(const float* x, int64_t size, int8_t* out, int32_t* sum
     return peak / kMostQuery + flaw;
 }
 
-// As `soften`, into bytes at the same place; returns their scale. Nothing here may look at keys that the
-// row does not see: they depend on how a prompt was cut.
-static float soften_bytes(float* scores, const float* value_scales, float* peak, float* weight,
-                          float* sums, int64_t rows, int64_t slices) {
+// Nothing here may look at keys that the row does not see: they depend on how a prompt was cut.
+INLINE float largest_weight(const float* weights) {
+    V top = zero();
+    for (int64_t j = 0; j < kKeys; j += kWidth) top = maximum(load(weights + j), top);
+    return largest(top);
+}
+
+// Weights [64] become whole numbers in two bytes each at the same place; returns their scale.
+static float to_halves(float* weights, float top) {
     constexpr int kParts = (int)kKeys / kWidth;
-    V shift = set1(move_peak(scores, peak, weight, sums, rows, slices));
-    V total = zero(), top = zero(), scaled[kParts];
+    V inverse = set1(top > 1e-30f ? kMostWeight / top : 0.0f), whole[kParts];
     UNROLL for (int v = 0; v < kParts; v++) {
-        V p = exponential(sub(load(scores + v * kWidth), shift));
-        total = add(total, p);
-        scaled[v] = mul(p, load(value_scales + v * kWidth));
-        top = maximum(scaled[v], top);
+        whole[v] = minimum(mul(load(weights + v * kWidth), inverse), set1(kMostWeight));
     }
-    float most = largest(top);
-    V inverse = set1(most > 1e-30f ? kMostWeight / most : 0.0f);
-    auto* bytes = (uint8_t*)scores;
+    auto* bytes = (uint8_t*)weights;
     UNROLL for (int v = 0; v < kParts; v++) {
-        V whole = minimum(mul(scaled[v], inverse), set1(kMostWeight));
-        store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole);
+        store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole[v]);
     }
-    *weight += sum(total);
-    return most / kMostWeight;
+    return top / kMostWeight;
 }
 
 // Sums leave the registers all at once: what is done with them afterwards would take registers
@@ -249,12 +246,15 @@ static void attend_tile(const Attention& call, const ByteSites& here, const Byte
     copy_scales(here.key_scales, here.count(), s.key_scales);
     copy_scales(here.value_scales, here.count(), s.value_scales);
     float flaw_of_values = flaw(s.value_scales, kKeys);
-    int64_t slices = (call.dim + kPanel - 1) / kPanel;
+    settle_scores(call, s, places, rows, here.begin, s.key_scales);
+    float tops[kMostGroup];
     for (int64_t r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], here.begin, s.key_scales, scores);
-        float scale = soften_bytes(scores, s.value_scales, s.peak + r, s.weight + r,
-                                   s.part + r * kPanel, rows, slices);
+        s.weight[r] += soften(scores, false, s.value_scales, s.peak[r]);
+        tops[r] = largest_weight(scores);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float scale = to_halves(s.scores + r * kKeys, tops[r]);
         s.weight_scales[r] = scale + flaw_of_values;
     }
     mix_byte_sites(call, here, ahead, s, rows);
