@@ -192,7 +192,7 @@ PHX_EXPORT void phx_store(Backend* b, const void* source, int64_t stride, int32_
 PHX_EXPORT void phx_attention(Backend* b, const Attention* call, const Spans* spans) {
     Turn turn(b->busy);
     plan_units(*call, *spans, b->units);
-    b->pool.run([&](Team& team) { attend(*b, team, *call, *spans); });
+    b->pool.run([&](Team& team) { attend(*b, team, *call, *spans, b->units); });
 }
 
 // out[row] = the first largest of x [rows, size].

@@ -23,25 +23,47 @@ struct Row {  // a query row's place
     int64_t position, head;
 };
 
-// Raw products -> scores [64] of the keys from `begin` on; masked ones are -infinity. With an int8
-// pool the products are those of levels, and each key has a scale.
-static void bias_and_mask(const Attention& call, Row row, int64_t begin, const float* key_scales,
-                          float* scores) {
-    float slope = call.slopes ? call.slopes[row.head] : 0.0f;
-    V scale = set1(call.scale), cap = set1(call.softcap);
+// 0, 1, 2, ..., and what hides keys before or behind those that a row sees when it is added.
+struct Ramps {
+    float count[kKeys], hidden[3 * kKeys];
+    constexpr Ramps() : count(), hidden() {
+        for (int64_t j = 0; j < kKeys; j++) {
+            count[j] = (float)j;
+            hidden[j] = hidden[2 * kKeys + j] = -__builtin_inff();
+        }
+    }
+};
+static constexpr Ramps kRamps;
+
+INLINE V hide(V x, const float* hidden) {  // whatever x is
+    V added = load(hidden);
+    return add(keep_above(x, added, zero()), added);
+}
+
+// Raw products -> scores [64] of the keys from `begin` on; masked ones are -infinity, whatever stood
+// there. With an int8 pool the products are those of levels, and each key has a scale. Returns the
+// largest.
+static float bias_and_mask(const Attention& call, Row row, int64_t begin, const float* key_scales,
+                           float* scores) {
+    V scale = set1(call.scale), cap = set1(call.softcap), top = set1(-__builtin_inff());
+    int64_t first = call.window ? row.position - call.window + 1 - begin : 0;
+    int64_t seen = row.position - begin + 1;
+    const float* before = kRamps.hidden + kKeys - most(least(first, kKeys), 0);
+    const float* behind = kRamps.hidden + 2 * kKeys - most(least(seen, kKeys), 0);
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V x = mul(load(scores + j), scale);
         if (key_scales) x = mul(x, load(key_scales + j));
         if (call.softcap > 0.0f) x = mul(cap, hyperbolic_tangent(divide(x, cap)));
+        if (call.slopes) {
+            V distance = add(set1((float)(begin - row.position)), load(kRamps.count + j));
+            x = add(x, mul(set1(call.slopes[row.head]), distance));
+        }
+        if (first > 0) x = hide(x, before + j);
+        if (seen < kKeys) x = hide(x, behind + j);
         store(scores + j, x);
+        top = maximum(top, x);
     }
-    if (call.slopes) {
-        for (int64_t j = 0; j < kKeys; j++) scores[j] += slope * (float)(begin + j - row.position);
-    }
-    int64_t first = call.window ? row.position - call.window + 1 - begin : 0;
-    int64_t last = row.position - begin;
-    for (int64_t j = 0; j < least(first, kKeys); j++) scores[j] = -__builtin_inff();
-    for (int64_t j = most(last + 1, 0); j < kKeys; j++) scores[j] = -__builtin_inff();
+    return largest(top);
 }
 
 INLINE void scale_row(float* sums, int64_t rows, int64_t slices, float factor) {
@@ -60,27 +82,36 @@ INLINE float exponential(float x) {
     return lanes[0];
 }
 
-// The running maximum, these scores [64] included; what was summed under the old one is scaled down.
-static float move_peak(const float* scores, float* peak, float* weight, float* sums, int64_t rows,
-                       int64_t slices) {
-    V top = load(scores);
-    for (int64_t j = kWidth; j < kKeys; j += kWidth) top = maximum(top, load(scores + j));
-    float now = largest(top);
-    if (now > *peak) {
-        float factor = exponential(*peak - now);
-        *peak = now;
-        *weight *= factor;
-        scale_row(sums, rows, slices, factor);
-    }
-    return *peak;
+// The running maximum moves to `now` if that is larger; what was summed under the old one is scaled
+// down.
+INLINE void move_peak(float now, float* peak, float* weight, float* sums, int64_t rows,
+                      int64_t slices) {
+    if (!(now > *peak)) return;
+    float factor = exponential(*peak - now);
+    *peak = now;
+    *weight *= factor;
+    scale_row(sums, rows, slices, factor);
 }
 
-// Scores [64] become weights, as bfloat16 at the same place if `pairs`; peak, weight and the
-// row's sums follow the moving maximum. `value_scales` (null = none) are multiplied into what the
-// values are weighted by, not into the sum of weights.
-static void soften(float* scores, bool pairs, const float* value_scales, float* peak,
-                   float* weight, float* sums, int64_t rows, int64_t slices) {
-    V total = zero(), shift = set1(move_peak(scores, peak, weight, sums, rows, slices));
+// Raw products of a tile that begins at `begin` -> scores, and each row's peak; row by row in several
+// passes, so that the processor finds other rows to go on with while one waits for its maximum.
+static void settle_scores(const Attention& call, const AttentionScratch& s, const Row* places,
+                          int64_t rows, int64_t begin, const float* key_scales) {
+    int64_t slices = (call.dim + kPanel - 1) / kPanel;
+    float tops[kMostGroup];
+    for (int64_t r = 0; r < rows; r++) {
+        tops[r] = bias_and_mask(call, places[r], begin, key_scales, s.scores + r * kKeys);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        move_peak(tops[r], s.peak + r, s.weight + r, s.part + r * kPanel, rows, slices);
+    }
+}
+
+// Scores [64] become weights, as bfloat16 at the same place if `pairs`; returns their sum.
+// `value_scales` (null = none) are multiplied into what the values are weighted by, not into the
+// sum of weights.
+static float soften(float* scores, bool pairs, const float* value_scales, float peak) {
+    V total = zero(), shift = set1(peak);
     for (int64_t j = 0; j < kKeys; j += kWidth) {
         V p = exponential(sub(load(scores + j), shift));
         if (value_scales) {
@@ -95,7 +126,7 @@ static void soften(float* scores, bool pairs, const float* value_scales, float* 
         }
         total = add(total, p);
     }
-    *weight += sum(total);
+    return sum(total);
 }
 
 // The partition's state joins the total and is cleared.
@@ -168,7 +199,7 @@ static void mix_values(const Attention& call, const Tile& tile, const Tile& next
 
 static void attend_tile(const Attention& call, const Tile& tile, const Tile& next,
                         const AttentionScratch& s, const Row* places, int64_t rows) {
-    int64_t units = key_units(call), slices = (call.dim + kPanel - 1) / kPanel;
+    int64_t units = key_units(call);
     bool scaled = call.pool_type == kInt8;
     if (scaled) read_scales(call, call.keys, tile, s.key_scales);
     if (scaled) read_scales(call, call.values, tile, s.value_scales);
@@ -182,12 +213,10 @@ static void attend_tile(const Attention& call, const Tile& tile, const Tile& nex
             multiply_rows<FloatWords>(rows, s.query, units, panel, units, out, kKeys, false);
         }
     }
+    settle_scores(call, s, places, rows, tile.begin, scaled ? s.key_scales : nullptr);
     for (int64_t r = 0; r < rows; r++) {
-        float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], tile.begin, scaled ? s.key_scales : nullptr, scores);
-        float* sums = s.part + r * kPanel;
-        soften(scores, in_pairs(call), scaled ? s.value_scales : nullptr, s.peak + r, s.weight + r,
-               sums, rows, slices);
+        s.weight[r] += soften(s.scores + r * kKeys, in_pairs(call),
+                              scaled ? s.value_scales : nullptr, s.peak[r]);
     }
     mix_values(call, tile, next, s, rows);
 }

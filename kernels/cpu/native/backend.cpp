@@ -134,11 +134,12 @@ void plan_units(const Attention& call, const Spans& spans, std::vector<Attention
     }
 }
 
-void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans) {
-    team.split(backend.units.size(), 1, [&](int64_t begin, int64_t end) {
+void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans,
+            const std::vector<AttentionUnit>& units) {
+    team.split(units.size(), 1, [&](int64_t begin, int64_t end) {
         void* scratch = backend.scratch[team.thread].get(backend.isa->attention_scratch(call));
         for (int64_t i = begin; i < end; i++) {
-            const AttentionUnit* unit = &backend.units[i];
+            const AttentionUnit* unit = &units[i];
             backend.isa->attention(call, spans, *unit, i + 1 < end ? unit + 1 : nullptr, scratch);
         }
     }, 16);  // units differ much: a prompt's last tokens see all the others

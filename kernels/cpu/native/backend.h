@@ -29,11 +29,11 @@ class Buffer {
 };
 
 struct Backend {
-    Backend(const Isa* isa, int threads) : isa(isa), pool(threads), scratch(pool.size()) {}
+    Backend(const Isa* isa, int threads) : isa(isa), pool(threads), scratch(pool.size()), inner(pool.size()) {}
     const Isa* isa;
     Pool pool;
     Arena arena;
-    std::vector<Buffer> scratch;  // one a thread
+    std::vector<Buffer> scratch, inner;  // one a thread
     Buffer rows, scales, winners;
     std::mutex busy;  // ranks that are threads of one process may share a backend
     std::vector<AttentionUnit> units;
@@ -94,6 +94,7 @@ inline void store_in_byte_panels(const Isa& isa, const void* x, int32_t type, in
 
 // Fills `units`; then the team calls `attend`.
 void plan_units(const Attention& call, const Spans& spans, std::vector<AttentionUnit>& units);
-void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans);
+void attend(Backend& backend, Team& team, const Attention& call, const Spans& spans,
+            const std::vector<AttentionUnit>& units);
 
 }  // namespace phalanx

@@ -71,29 +71,37 @@ static float split_query(const float* x, int64_t size, int8_t* out, int32_t* sum
     return peak / kMostQuery + flaw;
 }
 
-// As `soften`, into bytes at the same place; returns their scale. Nothing here may look at keys that the
-// row does not see: they depend on how a prompt was cut.
-static float soften_bytes(float* scores, const float* value_scales, float* peak, float* weight,
-                          float* sums, int64_t rows, int64_t slices) {
+// Nothing here may look at keys that the row does not see: they depend on how a prompt was cut.
+INLINE float largest_weight(const float* weights) {
+    V top = zero();
+    for (int64_t j = 0; j < kKeys; j += kWidth) top = maximum(load(weights + j), top);
+    return largest(top);
+}
+
+// Weights [64] become whole numbers in two bytes each at the same place; returns their scale.
+static float to_halves(float* weights, float top) {
     constexpr int kParts = (int)kKeys / kWidth;
-    V shift = set1(move_peak(scores, peak, weight, sums, rows, slices));
-    V total = zero(), top = zero(), scaled[kParts];
+    V inverse = set1(top > 1e-30f ? kMostWeight / top : 0.0f), whole[kParts];
     UNROLL for (int v = 0; v < kParts; v++) {
-        V p = exponential(sub(load(scores + v * kWidth), shift));
-        total = add(total, p);
-        scaled[v] = mul(p, load(value_scales + v * kWidth));
-        top = maximum(scaled[v], top);
+        whole[v] = minimum(mul(load(weights + v * kWidth), inverse), set1(kMostWeight));
     }
-    float most = largest(top);
-    V inverse = set1(most > 1e-30f ? kMostWeight / most : 0.0f);
-    alignas(64) uint8_t bytes[2 * kKeys];
+    auto* bytes = (uint8_t*)weights;
     UNROLL for (int v = 0; v < kParts; v++) {
-        V whole = minimum(mul(scaled[v], inverse), set1(kMostWeight));
-        store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole);
+        store_halves(bytes + v * kWidth, bytes + kKeys + v * kWidth, whole[v]);
     }
-    std::memcpy(scores, bytes, sizeof bytes);
-    *weight += sum(total);
-    return most / kMostWeight;
+    return top / kMostWeight;
+}
+
+// Sums leave the registers all at once: what is done with them afterwards would take registers
+// from the loop that they come from.
+template <int R, int N>
+INLINE void set_down(const I (&high)[R][N], const I (&low)[R][N], I (&sums)[2][R][N]) {
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < N; v++) {
+            sums[0][r][v] = high[r][v];
+            sums[1][r][v] = low[r][v];
+        }
+    }
 }
 
 // scores [R, 64] of N vectors of keys, without the keys' scales.
@@ -121,12 +129,15 @@ static void score_bytes(const Attention& call, const AttentionScratch& s, int64_
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++) {
+    I sums[2][R][N];
+    set_down<R, N>(high, low, sums);
+    ROLLED for (int r = 0; r < R; r++) {
         V scale = set1(s.row_scales[row + r]), step = set1(256.0f);
         I upper = set1_int(s.query_sums[2 * (row + r)]);
         I lower = set1_int(s.query_sums[2 * (row + r) + 1]);
         UNROLL for (int v = 0; v < N; v++) {
-            V h = to_float(subtract(high[r][v], upper)), l = to_float(subtract(low[r][v], lower));
+            V h = to_float(subtract(sums[0][r][v], upper));
+            V l = to_float(subtract(sums[1][r][v], lower));
             store(scores + r * kKeys + v * kWidth, mul(fma(h, step, l), scale));
         }
     }
@@ -157,11 +168,13 @@ static void mix_bytes(const Attention& call, const AttentionScratch& s, int64_t 
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++) {
+    I exact[2][R][N];
+    set_down<R, N>(high, low, exact);
+    ROLLED for (int r = 0; r < R; r++) {
         V scale = set1(s.weight_scales[row + r]), step = set1(256.0f);
         UNROLL for (int v = 0; v < N; v++) {
             float* place = sums + v / kVectors * slice + r * kPanel + v % kVectors * kWidth;
-            V total = fma(to_float(high[r][v]), step, to_float(low[r][v]));
+            V total = fma(to_float(exact[0][r][v]), step, to_float(exact[1][r][v]));
             store(place, fma(total, scale, load(place)));
         }
     }
@@ -233,12 +246,15 @@ static void attend_tile(const Attention& call, const ByteSites& here, const Byte
     copy_scales(here.key_scales, here.count(), s.key_scales);
     copy_scales(here.value_scales, here.count(), s.value_scales);
     float flaw_of_values = flaw(s.value_scales, kKeys);
-    int64_t slices = (call.dim + kPanel - 1) / kPanel;
+    settle_scores(call, s, places, rows, here.begin, s.key_scales);
+    float tops[kMostGroup];
     for (int64_t r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], here.begin, s.key_scales, scores);
-        float scale = soften_bytes(scores, s.value_scales, s.peak + r, s.weight + r,
-                                   s.part + r * kPanel, rows, slices);
+        s.weight[r] += soften(scores, false, s.value_scales, s.peak[r]);
+        tops[r] = largest_weight(scores);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float scale = to_halves(s.scores + r * kKeys, tops[r]);
         s.weight_scales[r] = scale + flaw_of_values;
     }
     mix_byte_sites(call, here, ahead, s, rows);

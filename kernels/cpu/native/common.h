@@ -12,6 +12,7 @@
 #define INLINE_METHOD static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+#define ROLLED _Pragma("GCC unroll 1")
 
 namespace phalanx {
 

@@ -157,11 +157,9 @@ static void attend_tile(const Attention& call, const Sites& here, const Sites& n
                         const AttentionScratch& s, const Row* places, int64_t rows) {
     const Sites& ahead = next.count() ? next : here;
     score_sites(call, here, ahead, s, rows);
-    int64_t slices = (call.dim + kPanel - 1) / kPanel;
+    settle_scores(call, s, places, rows, here.begin, nullptr);
     for (int64_t r = 0; r < rows; r++) {
-        float* scores = s.scores + r * kKeys;
-        bias_and_mask(call, places[r], here.begin, nullptr, scores);
-        soften(scores, true, nullptr, s.peak + r, s.weight + r, s.part + r * kPanel, rows, slices);
+        s.weight[r] += soften(s.scores + r * kKeys, true, nullptr, s.peak[r]);
     }
     mix_sites(call, here, ahead, s, rows);
 }

@@ -30,8 +30,12 @@ class Pool;
 // aside holds up the others by one chunk at most, and skips the phases it missed.
 class Team {
   public:
-    Team(Pool& pool, int thread) : thread(thread), pool_(pool) {}
+    Team(Pool& pool, int thread, bool alone = false)
+        : thread(thread), pool_(pool), alone_(alone) {}
     const int thread;
+
+    // This thread by itself, which meets nobody.
+    Team alone() const { return Team(pool_, thread, true); }
 
     // body(begin, end) over [0, count), in chunks of at least `grain`, some for each thread.
     template <class Body>
@@ -39,6 +43,7 @@ class Team {
 
   private:
     Pool& pool_;
+    const bool alone_;
     uint64_t phase_ = 0;
 };
 
@@ -98,7 +103,7 @@ class Pool {
 template <class Body>
 void Team::split(int64_t count, int64_t grain, Body body, int64_t per_thread) {
     if (count <= 0) return;
-    if (pool_.alone_) return body(int64_t(0), count);
+    if (alone_ || pool_.alone_) return body(int64_t(0), count);
     int64_t chunks = least((count + grain - 1) / grain, pool_.size() * per_thread);
     for (int64_t i; (i = pool_.claim(phase_, chunks)) >= 0;) {
         body(count * i / chunks, count * (i + 1) / chunks);

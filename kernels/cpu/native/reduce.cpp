@@ -40,7 +40,7 @@ void Reduction::publish_and_wait(int64_t call) {
 }
 
 void Reduction::sum(const Isa& isa, float* data, int64_t size, Team& team) {
-    if (!segment_ || segment_->size < 2) return;
+    if (!is_needed()) return;
     const Segment& s = *segment_;
     int64_t most = s.slot_bytes / 4;
     for (int64_t start = 0; start < size; start += most) {

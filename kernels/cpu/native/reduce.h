@@ -15,6 +15,8 @@ class Reduction {
         if (segment) call_ = counter(segment->rank).load(std::memory_order_relaxed);
     }
 
+    bool is_needed() const { return segment_ && segment_->size > 1; }
+
     // Every thread of the team calls; data [size] is summed in place.
     void sum(const Isa& isa, float* data, int64_t size, Team& team);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +85,9 @@ def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def slots(kind: Kind) -> Tensor:
+def slots(kind: Kind, spans: Sequence[SequenceSpan] = SPANS) -> Tensor:
     places = []
-    for span in SPANS:
+    for span in spans:
         for position in range(span.length - span.num_query, span.length):
             block, offset = divmod(position, kind.block_size)
             places.append(span.blocks[block] * kind.block_size + offset)
@@ -282,6 +283,8 @@ def program(
     ends: bool = True,
     int8: bool = False,
     width: HeadWidth | None = None,
+    spans: Sequence[SequenceSpan] = SPANS,
+    rows: Tensor = ROWS,
 ) -> Any:
     """The layers as one call; unless it ends there, of all rows."""
     kind = part.kind
@@ -306,16 +309,17 @@ def program(
     )
     ready = backend.fuse(stack, reduction)
     assert ready is not None
-    plan = backend.plan_attention(SPANS, kind.block_size)
-    rows = ROWS if ends else torch.arange(TOKENS)
-    return lambda x, angles: ready(x, angles, slots(kind), plan, rows)
+    plan = backend.plan_attention(spans, kind.block_size)
+    places = slots(kind, spans)
+    wanted = rows if ends else torch.arange(len(places))
+    return lambda x, angles: ready(x, angles, places, plan, wanted)
 
 
-def inputs(dtype: torch.dtype, kind: Kind = Kind()) -> tuple[Tensor, Angles]:
+def inputs(dtype: torch.dtype, kind: Kind = Kind(), tokens: int = TOKENS) -> tuple[Tensor, Angles]:
     half = max(kind.dim // 2 - 1, 1)
-    turns = [randn(TOKENS, half, seed=5 + pace, dtype=torch.float32) for pace in (0, 1)]
+    turns = [randn(tokens, half, seed=5 + pace, dtype=torch.float32) for pace in (0, 1)]
     angles = [(turn.cos().to(dtype), turn.sin().to(dtype)) for turn in turns]
-    return randn(TOKENS, kind.hidden, seed=4, dtype=dtype), angles
+    return randn(tokens, kind.hidden, seed=4, dtype=dtype), angles
 
 
 class Stacks:
