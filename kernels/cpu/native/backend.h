@@ -72,10 +72,15 @@ inline void store_in_panels(const bf16* x, int64_t dim, bool is_key, uint16_t* p
                             int64_t block_size, int64_t slot) {
     int64_t offset = slot % block_size;
     uint16_t* block = pool + slot / block_size * block_size * dim;
-    for (int64_t d = 0; d < dim; d++) {
-        int64_t word = is_key ? d / 2 * block_size + offset : offset / 2 * dim + d;
-        block[2 * word + (is_key ? d % 2 : offset % 2)] = x[d].bits;
+    if (is_key) {
+        uint16_t* words = block + 2 * offset;
+        for (int64_t u = 0; u < dim / 2; u++) {
+            std::memcpy(words + 2 * u * block_size, x + 2 * u, 4);
+        }
+        return;
     }
+    uint16_t* halves = block + offset / 2 * dim * 2 + offset % 2;
+    for (int64_t d = 0; d < dim; d++) halves[2 * d] = x[d].bits;
 }
 
 // The same into panels of bytes (byte_panels.inl); the scales stand behind a block's levels.
@@ -85,9 +90,14 @@ inline void store_in_byte_panels(const Isa& isa, const void* x, int32_t type, in
     float scale = isa.quantize(x, type, dim, dim, is_key ? kUnsigned : 0, levels);
     int64_t offset = slot % block_size;
     uint8_t* block = pool + slot / block_size * block_size * (dim + kScaleBytes);
-    for (int64_t d = 0; d < dim; d++) {
-        int64_t word = is_key ? d / 4 * block_size + offset : offset / 4 * dim + d;
-        block[4 * word + (is_key ? d % 4 : offset % 4)] = levels[d];
+    if (is_key) {
+        uint8_t* words = block + 4 * offset;
+        for (int64_t u = 0; u < dim / 4; u++) {
+            std::memcpy(words + 4 * u * block_size, levels + 4 * u, 4);
+        }
+    } else {
+        uint8_t* quarters = block + offset / 4 * dim * 4 + offset % 4;
+        for (int64_t d = 0; d < dim; d++) quarters[4 * d] = levels[d];
     }
     std::memcpy(block + block_size * dim + offset * kScaleBytes, &scale, kScaleBytes);
 }

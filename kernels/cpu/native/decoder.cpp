@@ -9,7 +9,8 @@ namespace phalanx {
 
 namespace {
 
-constexpr int64_t kGroup = 96;  // rows that one thread takes through a layer together
+constexpr int64_t kGroup = 128;  // rows that one thread takes through a layer together
+constexpr int64_t kFewest = 96;  // a thread, for which it is worth reading all weights
 
 // What a layer does row by row: all but attention itself.
 enum Stretch { kBegin, kProject, kPlace, kOutput, kFeed };
@@ -106,7 +107,7 @@ class Walk {
     // Of many rows each thread takes some through all that comes before the next meeting; few are
     // not worth reading the weights for, so that the team shares out every operation.
     void rowwise(Work work) {
-        bool few = program_.step.tokens < kGroup * program_.backend.pool.size();
+        bool few = program_.step.tokens < kFewest * program_.backend.pool.size();
         if (few) return run(program_, work);
         if (count_ == kMostWork) flush();
         work_[count_++] = work;

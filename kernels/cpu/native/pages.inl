@@ -58,6 +58,12 @@ static int64_t attention_scratch(const Attention& call) {
     return attention_layout(call, nullptr, nullptr);
 }
 
+INLINE void copy_words(const uint32_t* from, int64_t count, uint32_t* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store((float*)to + i, load((const float*)from + i));
+    for (; i < count; i++) to[i] = from[i];
+}
+
 // One key or query as words; `spare` is used where they do not stand so in memory.
 static const uint32_t* as_words(const void* p, int32_t type, bool pairs, int64_t dim,
                                 uint32_t* spare) {

@@ -172,8 +172,16 @@ struct Program {
     // operand = norm(residual), row by row. `behind` is the norm of what the last part gave; null
     // where nothing is to be added.
     void enter(const Norm* behind, const Norm& norm) const {
+        bool at_once = behind && !behind->weight && norm.weight && !stack.layer_norm;
+        at_once = at_once && stack.residual_scale == 1.0f;
         auto body = [&](int64_t row, void* out, int32_t type) {
-            const float* x = behind ? settled(row, *behind) : at.residual + row * stack.hidden;
+            float* x = at.residual + row * stack.hidden;
+            if (at_once) {
+                return backend.isa->rms_norm(step.delta + row * stack.hidden, kFloat, x, kFloat,
+                                             norm.weight, kFloat, 0.0f, stack.eps, stack.hidden,
+                                             out, type);
+            }
+            if (behind) settled(row, *behind);
             normalize(norm, x, stack.hidden, out, type);
         };
         if (in_bytes()) {

@@ -46,7 +46,7 @@ static int64_t begin_unit(const Attention& call, const Spans& spans, const Atten
             continue;
         }
         const uint32_t* words = as_words(query, call.type, in_pairs(call), call.dim, place);
-        if (words != place) std::memcpy(place, words, units * 4);
+        if (words != place) copy_words(words, units, place);
     }
     std::memset(s.part, 0, rows * padded * 4);
     std::memset(s.total, 0, rows * padded * 4);
