@@ -85,21 +85,22 @@ async def write_answer(
     read: folds more into the answer; whether it is to be called again without a wait. Raises
     `ResourceExhausted` when a message was not taken for `max_stall_s`.
     """
-    watch = StallWatch(max_stall_s)
+    watch, write = StallWatch(max_stall_s), call.reader.write
     try:
         with watch:
             while True:
                 more = read()
+                answer.news.hush()  # of what is taken below
                 over = answer.over
                 while (message := answer.take(kind, request_id)) is not None:
                     watch.begin()
-                    await call.reader.write(message)
+                    await write(message)
                     watch.done()
-                    call.sent(message)
+                    call.sent(answer.taken_tokens)
                 if over:
                     return
                 if not (more or answer.over):
-                    await answer.wait()
+                    await answer.news.wait()
     except TimeoutError:
         text = f"a message was not read for {max_stall_s:g} s"
         raise ResourceExhausted(text, SLOW_RETRY_S) from None

@@ -255,7 +255,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             header.tools,
         )
         more = functools.partial(read_log, LogReader(session), answer)
-        with self._sessions.reading(session, answer.wake), self._open(answer, call):
+        with self._sessions.reading(session, answer.news.ring), self._open(answer, call):
             await write_answer(answer, call, kind, header.request_id, self._max_stall_s, more)
 
     @contextlib.contextmanager
