@@ -11,10 +11,11 @@ class Bell:
     Belongs to one event loop.
     """
 
-    __slots__ = ("_rung", "_waiter")
+    __slots__ = ("_loop", "_rung", "_waiter")
 
     def __init__(self) -> None:
         self._rung = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def ring(self) -> None:
@@ -30,7 +31,9 @@ class Bell:
     async def wait(self) -> None:
         """Return once it has rung since the last time."""
         if not self._rung:
-            self._waiter = asyncio.get_running_loop().create_future()
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
@@ -54,6 +54,8 @@ class Stream:
         self.accepted_before = known is not None
         self._events: list[TokenEvent] = []
         self._news = Bell()
+        self._diverted: Callable[[TokenEvent], None] | None = None
+        self._failure: Exception | None = None
         self.samples = self.left_open = len(self._outputs)
         """How many there are; how many of them the door counts."""
         self.replica: int | None = None
@@ -186,7 +188,13 @@ class Stream:
             self.losses = self.crashes = 0
         if event.finish is not None:
             del self._outputs[event.sample_index]
-        self._events.append(event)
+        if self._diverted is not None and event.finish is None and not self._events:
+            try:
+                return self._diverted(event)
+            except Exception as error:  # noqa: BLE001  it ends this stream, and no other
+                self._failure, self._diverted = error, None
+        else:
+            self._events.append(event)
         self._news.ring()
 
     def lose(self, *, blamed: bool, crashed: bool = False, alone: bool = False) -> bool:
@@ -219,8 +227,16 @@ class Stream:
                     )
                 )
 
+    def divert(self, take: Callable[[TokenEvent], None]) -> None:
+        """Let `take` have events at once, but for those that end a sample and what comes while one
+        of these waits to be fetched."""
+        self._diverted = take
+
     async def take(self) -> list[TokenEvent]:
-        """All that came since the last call, at least one event."""
+        """All that came since the last call, at least one event. Raises what the function that events
+        are diverted to has raised."""
         await self._news.wait()
+        if self._failure is not None:
+            raise self._failure
         events, self._events = self._events, []
         return events
