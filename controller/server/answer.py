@@ -122,6 +122,16 @@ class Answer:
         return not self._open or self.error is not None
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._pieces
+
+    @property
+    def plenty(self) -> bool:
+        """Whether there is enough to take for a message of the largest size."""
+        return self._unread >= MESSAGE_BYTES or bool(self._scores)
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens of all samples so far."""
         return sum(sample.count for sample in self._samples)
@@ -136,7 +146,7 @@ class Answer:
         """The answer ends here; what was folded in before is still to be sent."""
         if not self.over:
             self.error = error
-        self.news.ring()
+        self.news.ring(urgent=True)
 
     @property
     def new_tokens(self) -> int:
@@ -154,7 +164,7 @@ class Answer:
             if self._reasons[event.sample_index] is None:
                 self._fold(event)
         if self._pieces or self.over:
-            self.news.ring()
+            self.news.ring(urgent=self.over)
         if self._unread > MAX_UNREAD_BYTES:
             raise ResourceExhausted(
                 f"{self._unread} bytes of the answer wait to be read, at most {MAX_UNREAD_BYTES} "

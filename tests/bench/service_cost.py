@@ -5,8 +5,8 @@
 
 The whole service over loopback as it is: client, gRPC, sessions, engine, scheduler, step loop. Only
 the ranks are played: a step takes `--step-ms` and gives every stream a token. CPU seconds, unlike
-tokens per second, stay nearly the same on a machine that others use too. `step loop` is the part of
-the server's that schedules and updates, by its thread's own clock.
+tokens per second, stay nearly the same on a machine that others use too; what is compared runs side
+by side. `step loop` is the part of the server's that schedules and updates, by its thread's own clock.
 """
 
 from __future__ import annotations
@@ -158,12 +158,15 @@ def serve(pipe: Connection, streams: int, step_s: float, journal: str | None) ->
     asyncio.run(run())
 
 
-async def ask(client: AsyncClient, tokens: int, gaps: list[float]) -> int:
+async def ask(client: AsyncClient, tokens: int, interval_s: float, gaps: list[float]) -> int:
     """Read one stream; returns how many messages it took."""
     prompt = [random.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
     count = messages = 0
     last = None
-    async for message in client.generate(prompt, max_tokens=tokens, temperature=0, ignore_eos=True):
+    asked = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    if interval_s:
+        asked["stream_interval_s"] = interval_s
+    async for message in client.generate(prompt, **asked):
         messages += 1
         now = time.perf_counter()
         if last is not None:
@@ -184,11 +187,14 @@ async def measure(pipe: Connection, options: argparse.Namespace, table: Table) -
             pipe.send(True)
             return np.array([*pipe.recv(), time.process_time()])
 
-        await asyncio.gather(*(ask(client, 8, []) for _ in range(options.streams)))
+        await asyncio.gather(*(ask(client, 8, 0.0, []) for _ in range(options.streams)))
         for number in range(options.rounds):
             gaps: list[float] = []
             before = clocks()
-            asked = [ask(client, options.tokens, gaps) for _ in range(options.streams)]
+            asked = [
+                ask(client, options.tokens, options.interval_ms / 1000, gaps)
+                for _ in range(options.streams)
+            ]
             messages = sum(await asyncio.gather(*asked))
             spent = clocks() - before
             tokens = options.tokens * options.streams
@@ -217,6 +223,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--step-ms", type=float, default=50.0)
+    parser.add_argument("--interval-ms", type=float, default=0.0, help="between messages, at least")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", type=int, default=0, help="processes that want the cores as well")
     parser.add_argument("--journal", action="store_true", help="with a journal, in /tmp")
