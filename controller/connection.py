@@ -15,6 +15,7 @@ from phalanx.protos.status import decode
 from phalanx.protos.v1 import admin_pb2_grpc, serving_pb2, serving_pb2_grpc
 
 from .resuming import Resuming
+from .wakeups import gathered
 
 RECONNECT_S = 300.0
 LEAVE_S = 2.0
@@ -71,11 +72,14 @@ class Connection:
         options: list[tuple[str, Any]] = list(OPTIONS)
         if server_name is not None:
             options.append(("grpc.ssl_target_name_override", server_name))
-        if root_certificates is None and certificate is None:
-            self._channel = self._library.insecure_channel(address, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates, private_key, certificate)
-            self._channel = self._library.secure_channel(address, credentials, options)
+        with gathered():
+            if root_certificates is None and certificate is None:
+                self._channel = self._library.insecure_channel(address, options)
+            else:
+                credentials = grpc.ssl_channel_credentials(
+                    root_certificates, private_key, certificate
+                )
+                self._channel = self._library.secure_channel(address, credentials, options)
         self._stub, self._admin = _stub(self._channel), _admin_stub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._calls: dict[Any, Resuming] = {}

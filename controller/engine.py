@@ -208,6 +208,10 @@ class AsyncEngine:
             del self._live[tenant, request_id]
             self._door.leave(tenant, stream.left_open, served=False)
 
+    def divert(self, request_id: str, tenant: str, take: Callable[[TokenEvent], None]) -> None:
+        """See `server.engine.Engine.divert`."""
+        self._live[tenant, request_id].divert(take)
+
     def check_room(self, tenant: str) -> None:
         """See `server.engine.Engine.check_room`."""
         ready = [handle.replica.places_of(tenant) for handle in self._residents.ready]

@@ -16,7 +16,7 @@ from .cluster.snapshot import ClusterSnapshot
 from .movement.movement import KeptMove
 from .routing.placer import Placement
 from .scheduling.request import TokenEvent
-from .server.engine import Engine
+from .server.engine import Engine, Take
 from .tenants import TenantLimits, Tenants
 
 RETRY_S = 1.0
@@ -103,6 +103,16 @@ class MeteredEngine:
             account.requests -= 1
             if not begun:
                 account.tokens += len(prompt_token_ids)  # it was refused, or left at once
+
+    def divert(self, request_id: str, tenant: str, take: Take) -> None:
+        """See `Engine.divert`."""
+        account = self._account(tenant)  # which stays as long as something is open
+
+        def counted(event: TokenEvent) -> None:
+            account.tokens -= len(event.tokens)
+            take(event)
+
+        self._inner.divert(request_id, tenant, counted)
 
     def check_room(self, tenant: str) -> None:
         """See `Engine.check_room`; raises `ResourceExhausted` naming the quota."""

@@ -87,36 +87,48 @@ class Resuming:
     def take(self, message: Any) -> Any | None:
         """The message without what has come before; None when nothing is left of it."""
         self._quiet_since, self._attempts, self._met = time.monotonic(), 0, True
-        first, self._begun = not self._begun, True
         if isinstance(message, serving_pb2.ResumeResponse):
             message = self._kind.FromString(message.SerializeToString())
-        if not first:
+        if self._begun:
             message.ClearField("seed")
-        had = self._scores - message.first_prompt_index
-        if message.prompt_logprobs:
-            del message.prompt_logprobs[: max(had, 0)]
-            message.first_prompt_index += max(had, 0)
-            self._scores += len(message.prompt_logprobs)
-        samples = [delta for delta in message.samples if self._take_delta(delta)]
-        del message.samples[:]
-        message.samples.extend(samples)
-        self._over = self._over or message.HasField("usage")
-        if samples or message.prompt_logprobs or message.HasField("usage"):
-            return message
-        return None
+        else:
+            self._begun = True
+        samples = message.samples
+        known = [index for index, delta in enumerate(samples) if not self._take_delta(delta)]
+        for index in reversed(known):
+            del samples[index]
+        over = message.HasField("usage")
+        self._over = self._over or over
+        scored = self._take_scores(message)
+        return message if over or scored or samples else None
+
+    def _take_scores(self, message: Any) -> bool:
+        """Leave new scores of the prompt; whether there are any."""
+        scores = message.prompt_logprobs
+        if not scores:
+            return False
+        had = max(self._scores - message.first_prompt_index, 0)
+        del scores[:had]
+        message.first_prompt_index += had
+        self._scores += len(scores)
+        return bool(scores)
 
     def _take_delta(self, delta: types_pb2.SampleDelta) -> bool:
         """Whether the piece is new. The server sends none that is partly so."""
-        count = self._tokens.get(delta.index, 0)
-        if delta.index in self._ended:
+        index, new = delta.index, len(delta.token_ids)
+        if index in self._ended:
             return False
-        if delta.token_ids and delta.first_token_index < count:
-            return False
-        if delta.token_ids and delta.first_token_index > count:
-            raise StreamLost(f"the stream went from token {count} to {delta.first_token_index}")
-        self._tokens[delta.index] = count + len(delta.token_ids)
+        if new:
+            count, first = self._tokens.get(index, 0), delta.first_token_index
+            if first < count:
+                return False
+            if first > count:
+                raise StreamLost(f"the stream went from token {count} to {first}")
+            self._tokens[index] = count + new
+        else:
+            self._tokens.setdefault(index, 0)
         if delta.finish_reason:
-            self._ended.add(delta.index)
+            self._ended.add(index)
         return True
 
     def failed(self, error: PhalanxError) -> float:

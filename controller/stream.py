@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from phalanx.protos.errors import PhalanxError
 from phalanx.protos.sampling import SamplingParams
 
+from .bell import Bell
 from .routing.lengths import expected_left
 from .routing.router import Work
 from .scheduling.request import FinishReason, Request, TokenEvent
@@ -53,7 +53,9 @@ class Stream:
         self._outputs = {index: list(tokens) for index, tokens in samples.items()}
         self.accepted_before = known is not None
         self._events: list[TokenEvent] = []
-        self._news = asyncio.Event()
+        self._news = Bell()
+        self._diverted: Callable[[TokenEvent], None] | None = None
+        self._failure: Exception | None = None
         self.samples = self.left_open = len(self._outputs)
         """How many there are; how many of them the door counts."""
         self.replica: int | None = None
@@ -175,18 +177,25 @@ class Stream:
         tokens = self._outputs.get(event.sample_index)
         if tokens is None:
             return
-        tokens += [token.token_id for token in event.tokens]
-        self._since_placed += len(event.tokens)
-        if self.trace is not None and event.tokens:
-            self.trace.got_tokens(len(event.tokens))
         if event.tokens:
+            for token in event.tokens:
+                tokens.append(token.token_id)
+            self._since_placed += len(event.tokens)
             self.uncached_tokens = 0
+            if self.trace is not None:
+                self.trace.got_tokens(len(event.tokens))
         if self._since_placed >= CLEARED_AFTER_TOKENS:
             self.losses = self.crashes = 0
         if event.finish is not None:
             del self._outputs[event.sample_index]
-        self._events.append(event)
-        self._news.set()
+        if self._diverted is not None and event.finish is None and not self._events:
+            try:
+                return self._diverted(event)
+            except Exception as error:  # noqa: BLE001  it ends this stream, and no other
+                self._failure, self._diverted = error, None
+        else:
+            self._events.append(event)
+        self._news.ring()
 
     def lose(self, *, blamed: bool, crashed: bool = False, alone: bool = False) -> bool:
         """Its replica is gone; blamed: while it computed this; crashed: by itself; alone: while it
@@ -218,9 +227,16 @@ class Stream:
                     )
                 )
 
+    def divert(self, take: Callable[[TokenEvent], None]) -> None:
+        """Let `take` have events at once, but for those that end a sample and what comes while one
+        of these waits to be fetched."""
+        self._diverted = take
+
     async def take(self) -> list[TokenEvent]:
-        """All that came since the last call, at least one event."""
+        """All that came since the last call, at least one event. Raises what the function that events
+        are diverted to has raised."""
         await self._news.wait()
-        self._news.clear()
+        if self._failure is not None:
+            raise self._failure
         events, self._events = self._events, []
         return events

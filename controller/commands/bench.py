@@ -146,6 +146,9 @@ async def measure(connection: Connection, settings: Settings, *, title: str = ""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from phalanx.controller.wakeups import read_plainly
+
+    read_plainly()
     from phalanx.controller.benchmark.load import Attempt, Done
     from phalanx.controller.benchmark.session import run_benchmark
     from phalanx.controller.client import AsyncClient

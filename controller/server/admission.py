@@ -24,6 +24,7 @@ from phalanx.protos.limits import (
     MAX_MESSAGE_BYTES,
     MAX_N,
     MAX_REQUEST_ID_CHARS,
+    MAX_STREAM_INTERVAL_S,
     MAX_TEXT_BYTES,
     PRIORITY_RANGE,
     SEED_RANGE,
@@ -53,6 +54,8 @@ class Admitted:
     """Seconds from the arrival in which it must be finished."""
     fingerprint: bytes = b""
     """Of the body, where the caller chose the id; the same body has the same one."""
+    stream_interval_s: float = 0.0
+    """Between two messages, at least."""
     tools: Reading | None = None
     """How calls of tools are read from the answer."""
 
@@ -262,14 +265,14 @@ class Admission:
         if params.grammar is not None and not violations:
             self._check_grammar(params.grammar, violations)
         self._check_room(prompt, field, params, violations)
-        priority, deadline_s = _read_options(request.options, violations)
+        priority, deadline_s, interval_s = _read_options(request.options, violations)
         _refuse(violations)
         if not message.HasField("seed"):
             seed = secrets.randbelow(SEED_RANGE[1] + 1)
             params = msgspec.structs.replace(params, seed=seed)
         mark = _fingerprint(request) if request_id else b""
         request_id = request_id or uuid.uuid4().hex
-        return Admitted(request_id, prompt, params, priority, deadline_s, mark)
+        return Admitted(request_id, prompt, params, priority, deadline_s, mark, interval_s)
 
     def _check_room(
         self, prompt: list[int], field: str, params: SamplingParams, violations: Violations
@@ -351,19 +354,23 @@ def _about_tools(
 
 def _read_options(
     options: serving_pb2.RequestOptions, violations: Violations
-) -> tuple[int, float | None]:
-    """Priority, and seconds in which the request must be finished."""
+) -> tuple[int, float | None, float]:
+    """Priority, seconds in which the request must be finished, and those between messages."""
     low, high = PRIORITY_RANGE
     if not low <= options.priority <= high:
         text = f"{options.priority} is not an integer in [{low}, {high}]"
         violations.append(FieldViolation("options.priority", text))
+    interval = shortest(options.stream_interval_s)
+    if not 0.0 <= interval <= MAX_STREAM_INTERVAL_S:
+        text = f"{interval:g} is not in [0, {MAX_STREAM_INTERVAL_S:g}]"
+        violations.append(FieldViolation("options.stream_interval_s", text))
     if not options.HasField("deadline_s"):
-        return options.priority, None
+        return options.priority, None, interval
     seconds = shortest(options.deadline_s)
     if not 0.0 < seconds <= MAX_DEADLINE_S:
         text = f"{seconds:g} is not above 0 and at most {MAX_DEADLINE_S:g}"
         violations.append(FieldViolation("options.deadline_s", text))
-    return options.priority, seconds
+    return options.priority, seconds, interval
 
 
 def _check_size(field: str, text: str, violations: Violations) -> bool:

@@ -6,12 +6,12 @@ batches into messages changes none of them.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from phalanx.controller.bell import Bell
 from phalanx.controller.scheduling.request import FinishReason, TokenEvent
 from phalanx.controller.tools.formats import Reading
 from phalanx.controller.tools.scanning import Piece, ToolReader
@@ -60,11 +60,8 @@ class _Piece:
     stop_reason: str = ""
     found: Sequence[Piece] = ()
     """What a reader of tool calls made of the text, where there is one."""
-
-    def size(self) -> int:
-        """About how many bytes it takes in a message."""
-        scored = self.position.ByteSize() if self.position is not None else 0
-        return TOKEN_BYTES + len(self.text.encode()) + scored
+    size: int = 0
+    """About how many bytes it takes in a message."""
 
 
 class Answer:
@@ -97,6 +94,7 @@ class Answer:
             [] if tools is None else [tools.reader() for _ in range(params.n)]
         )
         self._reasons: list[FinishReason | None] = [None] * params.n
+        self._open = params.n
         self._pieces: deque[_Piece] = deque()
         self._unread = 0
         self._scores: deque[types_pb2.PositionLogprobs] = deque()
@@ -106,19 +104,32 @@ class Answer:
             self._add_score(types_pb2.PositionLogprobs())  # nothing comes before the first
         self._cached = 0
         self._first = True
-        self._news = asyncio.Event()
+        self.news = Bell()
+        """Rings when there is something to take, the answer is over, or more is to be folded in."""
+        self.taken_tokens = 0
+        """In the message that `take` has made last."""
         self.error: Exception | None = None
         """Why the answer ends without its samples having finished."""
 
     @property
     def finished(self) -> bool:
         """Whether every sample has come to its end."""
-        return all(self._reasons)
+        return not self._open
 
     @property
     def over(self) -> bool:
         """Whether nothing more will be folded in."""
-        return self.finished or self.error is not None
+        return not self._open or self.error is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._pieces
+
+    @property
+    def plenty(self) -> bool:
+        """Whether there is enough to take for a message of the largest size."""
+        return self._unread >= MESSAGE_BYTES or bool(self._scores)
 
     @property
     def completion_tokens(self) -> int:
@@ -135,16 +146,7 @@ class Answer:
         """The answer ends here; what was folded in before is still to be sent."""
         if not self.over:
             self.error = error
-        self._news.set()
-
-    async def wait(self) -> None:
-        """Return when there is something to take, or the answer is over."""
-        await self._news.wait()
-        self._news.clear()
-
-    def wake(self) -> None:
-        """There is news of another kind for who waits."""
-        self._news.set()
+        self.news.ring(urgent=True)
 
     @property
     def new_tokens(self) -> int:
@@ -162,7 +164,7 @@ class Answer:
             if self._reasons[event.sample_index] is None:
                 self._fold(event)
         if self._pieces or self.over:
-            self._news.set()
+            self.news.ring(urgent=self.over)
         if self._unread > MAX_UNREAD_BYTES:
             raise ResourceExhausted(
                 f"{self._unread} bytes of the answer wait to be read, at most {MAX_UNREAD_BYTES} "
@@ -176,7 +178,9 @@ class Answer:
             raise RequestFailed(f"scores of prompt tokens from {self._scored} on are missing")
         if event.first_index > sample.count:
             raise RequestFailed(f"tokens {sample.count} to {event.first_index - 1} are missing")
-        new = event.tokens[sample.count - event.first_index :]
+        new = event.tokens
+        if event.first_index < sample.count:
+            new = new[sample.count - event.first_index :]
         for place, token in enumerate(new):
             ends = event.stop_token is not None and place == len(new) - 1
             self._add_token(event.sample_index, token, ends)
@@ -208,12 +212,12 @@ class Answer:
         position = None
         if token.logprob is not None:
             position = self._position(token.logprob, token.top)
-        self._add(
-            _Piece(index, first, token.token_id, text, position, found=self._found(index, text))
-        )
+        found = self._found(index, text) if self._readers else ()
+        self._add(_Piece(index, first, token.token_id, text, position, found=found))
 
     def _end(self, index: int, reason: FinishReason, text: str, stop_reason: str) -> None:
         self._reasons[index] = reason
+        self._open -= 1
         count = self._samples[index].count
         found = self._found(index, text, last=True)
         self._add(
@@ -228,11 +232,14 @@ class Answer:
         return [*found, *self._readers[index].finish()] if last else found
 
     def _add(self, piece: _Piece) -> None:
-        had = self._received.tokens[piece.sample : piece.sample + 1]
-        if piece.token_id is not None and had and piece.first < had[0]:
-            return
+        if self._received.tokens:
+            had = self._received.tokens[piece.sample : piece.sample + 1]
+            if piece.token_id is not None and had and piece.first < had[0]:
+                return
+        scored = 0 if piece.position is None else piece.position.ByteSize()
+        piece.size = TOKEN_BYTES + len(piece.text.encode()) + scored
         self._pieces.append(piece)
-        self._unread += piece.size()
+        self._unread += piece.size
 
     def _score_prompt(self, run: PromptLogprobs) -> None:
         """Take in a run of scored prompt tokens; repeated ones are the same as before."""
@@ -269,6 +276,28 @@ class Answer:
         message = kind(request_id=request_id)
         if self._first:
             message.seed, self._first = self._params.seed, False
+        self.taken_tokens = 0
+        if len(self._pieces) == 1 and not self._scores and self._tools is None:
+            self._put(message, self._pieces.popleft())
+        else:
+            self._fill(message, request_id)
+        if not self._open and not self._pieces:
+            message.usage.CopyFrom(self.usage())
+        return message
+
+    def _put(self, message: Response, piece: _Piece) -> None:
+        """All that there is to say: nearly every message has one piece."""
+        self._unread -= piece.size
+        ids = () if piece.token_id is None else (piece.token_id,)
+        self.taken_tokens = len(ids)
+        delta = message.samples.add(
+            index=piece.sample, first_token_index=piece.first, token_ids=ids, text=piece.text
+        )
+        if piece.position is not None or piece.finish is not None:
+            _mark(delta, piece)
+
+    def _fill(self, message: Response, request_id: str) -> None:
+        """As much as there is and fits."""
         room = MESSAGE_BYTES
         if self._scores:
             message.first_prompt_index = self._scores_sent
@@ -280,15 +309,17 @@ class Answer:
         texts: dict[int, list[str]] = {}
         while self._pieces and not self._scores and room > 0:
             piece = self._pieces.popleft()
-            size = piece.size()
-            self._unread -= size
-            room -= size
+            self._unread -= piece.size
+            room -= piece.size
             if piece.sample not in deltas:
                 deltas[piece.sample] = message.samples.add(
                     index=piece.sample, first_token_index=piece.first
                 )
                 texts[piece.sample] = []
-            _extend(deltas[piece.sample], piece)
+            if piece.token_id is not None:
+                deltas[piece.sample].token_ids.append(piece.token_id)
+                self.taken_tokens += 1
+            _mark(deltas[piece.sample], piece)
             if self._tools is None:
                 texts[piece.sample].append(piece.text)
             for item in piece.found:
@@ -296,9 +327,6 @@ class Answer:
                 self._extend(deltas[piece.sample], item, request_id)
         for index, delta in deltas.items():
             delta.text = "".join(texts[index])
-        if self.finished and not self._pieces:
-            message.usage.CopyFrom(self.usage())
-        return message
 
     def _extend(self, delta: types_pb2.SampleDelta, found: Piece, request_id: str) -> None:
         delta.reasoning += found.reasoning
@@ -321,9 +349,7 @@ class Answer:
         )
 
 
-def _extend(delta: types_pb2.SampleDelta, piece: _Piece) -> None:
-    if piece.token_id is not None:
-        delta.token_ids.append(piece.token_id)
+def _mark(delta: types_pb2.SampleDelta, piece: _Piece) -> None:
     if piece.position is not None:
         delta.logprobs.append(piece.position)
     if piece.finish is not None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from phalanx.protos.errors import ResourceExhausted
 
-from .answer import Answer, Response
+from .answer import Answer
 from .engine import Observer
 
 CLOCK_SLACK_S = 0.1
@@ -103,14 +103,13 @@ class Call:
         if isinstance(self.reader, Counting):
             self.reader.admitted(prompt_tokens)
 
-    def sent(self, message: Response) -> None:
-        """A message left."""
-        count = sum(len(sample.token_ids) for sample in message.samples)
-        if not count:
+    def sent(self, tokens: int) -> None:
+        """A message with so many tokens left."""
+        if not tokens:
             return
         now = time.monotonic()
         if self._any:
-            self._observer.on_tokens(count, now - self._last)
+            self._observer.on_tokens(tokens, now - self._last)
         else:
             self.first_token_s = now - self._began
             self._observer.on_first_token(self.first_token_s)

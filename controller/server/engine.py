@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from phalanx.controller.cluster.snapshot import ClusterSnapshot
@@ -10,6 +10,8 @@ from phalanx.controller.movement.movement import KeptMove
 from phalanx.controller.routing.placer import Placement
 from phalanx.controller.scheduling.request import TokenEvent
 from phalanx.protos.sampling import SamplingParams
+
+Take = Callable[[TokenEvent], None]
 
 
 class Engine(Protocol):
@@ -36,6 +38,13 @@ class Engine(Protocol):
 
         known: the samples still to be finished with their tokens so far, of a request that was
         accepted before; it is not refused for want of room, and only what is new comes.
+        """
+
+    def divert(self, request_id: str, tenant: str, take: Take) -> None:
+        """Hand what comes of a running request to `take` at once, with no task woken for it.
+
+        Events that end a sample, and any that come while one of them waits, still go to the iterator,
+        which raises what `take` raises. An engine may do so for none.
         """
 
     def check_room(self, tenant: str) -> None:

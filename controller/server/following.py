@@ -79,27 +79,35 @@ async def write_answer(
     request_id: str,
     max_stall_s: float,
     read: Callable[[], bool] = lambda: False,
+    interval_s: float = 0.0,
 ) -> None:
     """Send what there is until the answer is over. What comes in meanwhile is sent together.
 
-    read: folds more into the answer; whether it is to be called again without a wait. Raises
+    read: folds more into the answer; whether it is to be called again without a wait. interval_s:
+    between two messages at least, unless the answer is over. Raises
     `ResourceExhausted` when a message was not taken for `max_stall_s`.
     """
-    watch = StallWatch(max_stall_s)
+    watch, write = StallWatch(max_stall_s), call.reader.write
     try:
         with watch:
             while True:
                 more = read()
+                answer.news.hush()  # of what is taken below
                 over = answer.over
                 while (message := answer.take(kind, request_id)) is not None:
                     watch.begin()
-                    await call.reader.write(message)
+                    await write(message)
                     watch.done()
-                    call.sent(message)
-                if over:
+                    call.sent(answer.taken_tokens)
+                    if interval_s and not answer.plenty:
+                        answer.news.mute(interval_s)
+                        break
+                if over and answer.empty:
                     return
                 if not (more or answer.over):
-                    await answer.wait()
+                    await answer.news.wait()
     except TimeoutError:
         text = f"a message was not read for {max_stall_s:g} s"
         raise ResourceExhausted(text, SLOW_RETRY_S) from None
+    finally:
+        answer.news.unmute()

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from phalanx.controller.units import is_loopback
 from phalanx.controller.vllm.service import SERVICE as VLLM_ENGINE
 from phalanx.controller.vllm.service import VllmEngineService
+from phalanx.controller.wakeups import gathered
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.kserve import open_inference_pb2, open_inference_pb2_grpc
 from phalanx.protos.limits import (
@@ -132,7 +133,8 @@ class GrpcHost:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, calls)
         if self._reflection:
             self._add_reflection(calls)
-        server = grpc.aio.server(options=OPTIONS)
+        with gathered():
+            server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((calls,))
         self.address = self._bind(server)
         await server.start()

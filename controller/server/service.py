@@ -178,7 +178,7 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             call.hurry(admitted.deadline_s)
             if kept:
                 session = self._sessions.open(admitted, call.tenant, call.deadline)
-                await self._follow(session, call, kind, Received())
+                await self._follow(session, call, kind, Received(), admitted.stream_interval_s)
             else:
                 await self._answer(admitted, call, kind)
 
@@ -236,13 +236,25 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
         with self._open(answer, call):
             reading = asyncio.create_task(read_events(events, answer))
             try:
-                await write_answer(answer, call, kind, admitted.request_id, self._max_stall_s)
+                await write_answer(
+                    answer,
+                    call,
+                    kind,
+                    admitted.request_id,
+                    self._max_stall_s,
+                    interval_s=admitted.stream_interval_s,
+                )
             finally:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
 
     async def _follow(
-        self, session: Session, call: Call, kind: type[Response], received: Received
+        self,
+        session: Session,
+        call: Call,
+        kind: type[Response],
+        received: Received,
+        interval_s: float = 0.0,
     ) -> None:
         """A request that outlives its call."""
         header = session.header
@@ -255,8 +267,14 @@ class InferenceService(serving_pb2_grpc.InferenceServiceServicer):
             header.tools,
         )
         more = functools.partial(read_log, LogReader(session), answer)
-        with self._sessions.reading(session, answer.wake), self._open(answer, call):
-            await write_answer(answer, call, kind, header.request_id, self._max_stall_s, more)
+
+        def wake() -> None:
+            answer.news.ring(urgent=session.complete or session.error is not None)
+
+        with self._sessions.reading(session, wake), self._open(answer, call):
+            await write_answer(
+                answer, call, kind, header.request_id, self._max_stall_s, more, interval_s
+            )
 
     @contextlib.contextmanager
     def _open(self, answer: Answer, call: Call) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +111,11 @@ class Session:
         """Whether nothing more will be taken."""
         return not self.open
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether its text may end a sample before the engine does."""
+        return bool(self._texts)
+
     def take(self, events: Sequence[TokenEvent]) -> tuple[list[TokenEvent], list[int]]:
         """The events that count, and the samples that a stop string has ended in them."""
         taken: list[TokenEvent] = []
@@ -130,8 +136,9 @@ class Session:
         tokens = self.open[event.sample_index]
         if event.tokens and event.first_index != len(tokens):
             raise RequestFailed(f"token {event.first_index} came, {len(tokens)} is due")
-        tokens += [token.token_id for token in event.tokens]
-        stopped = self._stops(event)
+        for token in event.tokens:
+            tokens.append(token.token_id)
+        stopped = bool(self._texts) and self._stops(event)
         if stopped or event.finish is not None:
             del self.open[event.sample_index]
         return stopped and event.finish is None
@@ -300,7 +307,7 @@ class Sessions:
             priority=header.priority,
             **(more if again else {}),
         )
-        begun = again
+        begun, diverted = again, False
         try:
             async with contextlib.aclosing(events):  # type: ignore[type-var]
                 async for batch in events:
@@ -308,6 +315,10 @@ class Sessions:
                     self._take(session, batch)
                     if session.ended:
                         return
+                    if not (diverted or session.stops_early):
+                        diverted = True
+                        take = functools.partial(self._take_one, session)
+                        self._engine.divert(header.request_id, header.tenant, take)
             raise RequestFailed("the engine ended the request early")
         except Exception as error:  # noqa: BLE001  it ends this request, and no other
             if not isinstance(error, PhalanxError):
@@ -316,6 +327,9 @@ class Sessions:
                 self._take(session, session.ends(FinishReason.ERROR, error))
             else:
                 self._refuse(session, error)
+
+    def _take_one(self, session: Session, event: TokenEvent) -> None:
+        self._take(session, (event,))
 
     def _take(self, session: Session, batch: Sequence[TokenEvent]) -> None:
         events, stopped = session.take(batch)

@@ -42,18 +42,36 @@ class _ByteLevel:
 
     alphabet = _byte_alphabet()
 
-    def __init__(self) -> None:
+    def __init__(self, whole: dict[str, str | None]) -> None:
+        """whole: pieces of whole characters with their text, None for others; filled here."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole, self._amid = whole, False
 
     def push(self, piece: str) -> Sequence[str]:
         try:
-            data = bytes([self.alphabet[char] for char in piece])
-        except KeyError:  # an added token outside the alphabet stands for itself
-            data = piece.encode()
-        return (self._decoder.decode(data),)
+            text = self._whole[piece]
+        except KeyError:
+            text = self._whole[piece] = self._alone(piece)
+        if self._amid or text is None:
+            text = self._decoder.decode(self._bytes(piece))
+            self._amid = self._decoder.getstate() != (b"", 0)
+        return (text,)
 
     def flush(self) -> Sequence[str]:
+        self._amid = False
         return (self._decoder.decode(b"", True),)
+
+    def _bytes(self, piece: str) -> bytes:
+        try:
+            return bytes([self.alphabet[char] for char in piece])
+        except KeyError:  # an added token outside the alphabet stands for itself
+            return piece.encode()
+
+    def _alone(self, piece: str) -> str | None:
+        try:
+            return self._bytes(piece).decode()
+        except UnicodeDecodeError:
+            return None
 
 
 class _ByteFallback:
@@ -137,6 +155,7 @@ class TokenTexts:
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._pieces: dict[int, str | None] = {}
+        self._whole: dict[str, str | None] = {}
         self._steps = _flatten(json.loads(tokenizer.to_str())["decoder"])
         self._stages()
         self._alone: dict[int, str] = {}
@@ -173,7 +192,7 @@ class TokenTexts:
         for step in self._steps:
             match step:
                 case {"type": "ByteLevel"}:
-                    stages.append(_ByteLevel())
+                    stages.append(_ByteLevel(self._whole))
                 case {"type": "ByteFallback"}:
                     stages.append(_ByteFallback())
                 case {"type": "Fuse"}:
@@ -223,6 +242,8 @@ class TokenStream:
         piece = self._texts.piece(token_id)
         if piece is None or (self._skip and self._texts.is_special(piece)):
             return ""
+        if len(self._stages) == 1:
+            return "".join(self._stages[0].push(piece))
         return _run(self._stages, piece, last=False)
 
     def flush(self) -> str:

@@ -106,12 +106,14 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., params: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., options: _Optional[_Union[RequestOptions, _Mapping]] = ...) -> None: ...
 
 class RequestOptions(_message.Message):
-    __slots__ = ("priority", "deadline_s")
+    __slots__ = ("priority", "deadline_s", "stream_interval_s")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    STREAM_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     priority: int
     deadline_s: float
-    def __init__(self, priority: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    stream_interval_s: float
+    def __init__(self, priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., stream_interval_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "samples", "prompt_logprobs", "usage", "seed", "first_prompt_index")

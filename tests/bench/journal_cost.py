@@ -53,6 +53,9 @@ class PlayedEngine:
         while True:
             yield await news.get()
 
+    def divert(self, *given: Any) -> None:
+        """See `server.engine.Engine`: events go to the iterator all the same."""
+
     def step(self, index: int, last: bool) -> None:
         """A token for all."""
         event = TokenEvent(
