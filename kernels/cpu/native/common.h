@@ -38,6 +38,7 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 constexpr int64_t kPanel = 32;      // outputs whose weights stand side by side
+constexpr int64_t kAheadBytes = 8192;  // of weights asked for early: 200 ns of one core's bandwidth
 constexpr int64_t kKeys = 64;       // keys of one attention tile, at absolute positions
 constexpr int64_t kPartition = 512; // keys after which a fresh online softmax begins
 constexpr int64_t kQueryRows = 48;  // query rows of one tile: tokens x heads, one token at least

@@ -13,7 +13,6 @@ namespace phalanx {
 
 constexpr int64_t kMarks = 64;           // numbers of a unit
 constexpr int64_t kPairBytes = 3 * kMarks;
-constexpr int64_t kAheadBytes = 8192;    // prefetched, as in plain panels
 
 // What each code stands for: the exponent's upper seven bits, its last one at the head of a byte.
 struct CompactTable {

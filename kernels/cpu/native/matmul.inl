@@ -15,7 +15,7 @@
 // several times, from memory only once: each tile asks for its share of the panel to come.
 
 static constexpr int kVectors = (int)kPanel / kWidth;
-static constexpr int64_t kAhead = 2048 / 4;  // words; 2 KB, about 100 ns of one core's bandwidth
+static constexpr int64_t kAhead = kAheadBytes / 4;  // words
 
 struct FloatWords {  // one float a word
     using Word = float;

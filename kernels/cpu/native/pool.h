@@ -105,8 +105,10 @@ void Team::split(int64_t count, int64_t grain, Body body, int64_t per_thread) {
     if (count <= 0) return;
     if (alone_ || pool_.alone_) return body(int64_t(0), count);
     int64_t chunks = least((count + grain - 1) / grain, pool_.size() * per_thread);
+    int64_t size = count / chunks, longer = count % chunks;  // the longer ones first
     for (int64_t i; (i = pool_.claim(phase_, chunks)) >= 0;) {
-        body(count * i / chunks, count * (i + 1) / chunks);
+        int64_t begin = i * size + least(i, longer);
+        body(begin, begin + size + (i < longer));
         pool_.finish_chunk(phase_, chunks);
     }
     pool_.wait_beyond(phase_++);
