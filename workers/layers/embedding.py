@@ -9,6 +9,7 @@ from torch import Tensor
 from phalanx.kernels.fused import BestOutput, RowLookup
 from phalanx.kernels.interface import PackedLinear, WideLinear
 from phalanx.protos.shards import Span
+from phalanx.workers.loading.memory import room
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.packing import Int8Packer, LinearPacker
 from phalanx.workers.parallel import TensorParallel
@@ -28,7 +29,7 @@ class VocabTable:
     ) -> None:
         self.vocab = vocab
         self._rows: RowLookup | None = None
-        self.weight = torch.empty(vocab.size, hidden, dtype=dtype, device=device)
+        self.weight = room((vocab.size, hidden), dtype, device)
         self.pieces = [Piece(name, self.weight, rows=vocab)]
         self.bias: Tensor | None = None
         if bias is not None:
