@@ -41,6 +41,10 @@ class VocabTable:
         self.weight, self.pieces = self.weight[:0].clone(), []
         self._rows = rows
 
+    def filled(self) -> None:
+        """The weight is there already."""
+        self.pieces = []
+
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of the table for local ids, int64 [T] -> [T, hidden]."""
         return F.embedding(ids, self.weight) if self._rows is None else self._rows.rows(ids)
@@ -84,30 +88,49 @@ class PositionTable:
 class VocabParallelHead:
     """Hidden states -> logits of this rank's vocabulary rows; nothing is gathered."""
 
-    def __init__(self, table: VocabTable) -> None:
-        self._table = table
+    def __init__(self, table: VocabTable, *, shared: bool) -> None:
+        """shared: the table is the embedding as well."""
+        self._table, self._shared = table, shared
+        self._packed: PackedLinear | None = None
         self._run: PackedLinear | None = None
         self._best: BestOutput | None = None
 
-    def pack(self, backend: LinearPacker, *, shared: bool) -> None:
+    @property
+    def pieces(self) -> list[Piece]:
+        """Those of the table."""
+        return self._table.pieces
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The backend's product."""
+        if self._packed is None:
+            raise RuntimeError("used before pack(), or the table is used as it is")
+        return self._packed
+
+    def pack(self, backend: LinearPacker) -> None:
         """Prepare the product; a table shared with the embedding is used in place, or, where the
         head is rounded, kept beside it."""
-        table = self._table
-        packed = backend.pack_linear(table.weight, table.bias)
+        if self._run is None:
+            table, rounded = self._table, isinstance(backend, Int8Packer)
+            self.adopt(backend.pack_linear(table.weight, table.bias), rounded=rounded)
+
+    def adopt(self, packed: PackedLinear, *, rounded: bool = True) -> None:
+        """Take what the table was packed to. rounded: the table's own weight is no substitute."""
+        table, self._packed = self._table, packed
         # two tokens whose bfloat16 logits tie are seldom equal: the sums are taken unrounded
         run = packed.wide if isinstance(packed, WideLinear) else packed
         if isinstance(packed, BestOutput):
             self._best = packed
-        if not shared:
+        if not self._shared:
             self._run = run
             table.release()
-        elif isinstance(backend, Int8Packer):
-            self._run = run
         elif isinstance(packed, RowLookup):
             self._run = run
             table.release(packed)
+        elif rounded:
+            self._run = run
         else:
-            self._run = lambda x: F.linear(x, table.weight, table.bias)
+            self._packed, self._run = None, lambda x: F.linear(x, table.weight, table.bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> logits [rows, local vocabulary], float32 where it is free."""

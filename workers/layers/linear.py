@@ -93,6 +93,10 @@ class ColumnParallelLinear:
             self._run = backend.pack_linear(self.weight, self.bias)
             self.weight, self.pieces = None, []
 
+    def adopt(self, packed: PackedLinear) -> None:
+        """Take what an equal layer was packed to, in place of being filled and packed."""
+        self._run, self.weight, self.pieces = packed, None, []
+
     @property
     def packed(self) -> PackedLinear:
         """The backend's product: x [T, in] -> [T, local out]."""
@@ -153,6 +157,10 @@ class RowParallelLinear:
             bias = self.bias if self._group.rank == 0 else None
             self._run = backend.pack_linear(self.weight, bias)
             self.weight, self.pieces = None, []
+
+    def adopt(self, packed: PackedLinear) -> None:
+        """Take what an equal layer was packed to, in place of being filled and packed."""
+        self._run, self.weight, self.pieces = packed, None, []
 
     @property
     def packed(self) -> PackedLinear:
