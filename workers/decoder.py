@@ -77,8 +77,9 @@ class Decoder:
             if not (model.tie_embeddings and self._tables):
                 bias = None if model.tie_embeddings else names.head_bias
                 self._tables.append(VocabTable(names.head, part.vocab, hidden, *place, bias))
-            shared_table = model.tie_embeddings and self._embedding is not None
-            self._head = VocabParallelHead(self._tables[-1], shared=shared_table)
+            self._head = VocabParallelHead(
+                self._tables[-1], shared=stage.is_first and model.tie_embeddings
+            )
             layout = names.layouts.get("final_norm", PLAIN)
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
         layouts = names.layouts

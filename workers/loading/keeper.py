@@ -40,14 +40,12 @@ class Stopped(Exception):
 class Keeper:
     """One rank's file on the shelf: opened before its weights are filled, written behind."""
 
-    def __init__(
-        self, shelf: Shelf, facts: tuple[FileFacts, ...], recipe: bytes, *, patient: bool = True
-    ) -> None:
+    def __init__(self, shelf: Shelf, facts: tuple[FileFacts, ...], recipe: bytes) -> None:
         """facts: of the checkpoint, from before it was opened. recipe: all else that decides what
-        is packed. patient: the writing waits while the process is busy."""
+        is packed."""
         self._shelf, self._facts, self._recipe = shelf, facts, recipe
         self._digests = Digests(shelf.folder)
-        self._patient, self._stop = patient, threading.Event()
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._looked = (0.0, 0.0)
 
@@ -94,20 +92,21 @@ class Keeper:
     def _run(
         self, linears: dict[str, Contents], tables: dict[str, Tensor], storage: WeightStorage
     ) -> None:
-        if self._patient and hasattr(os, "setpriority"):
+        if hasattr(os, "setpriority"):
             with contextlib.suppress(OSError):  # of this thread alone, on Linux
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        pause = self._give_way if self._patient else self._check
         started = time.perf_counter()
         self._looked = (time.monotonic(), _used())
         try:
-            content = self._digests.known(self._facts) or self._digests.read(self._facts, pause)
+            content = self._digests.known(self._facts) or self._digests.read(
+                self._facts, self._give_way
+            )
             if content is None:
                 _log.info("packed weights are not kept: the checkpoint has just been changed")
                 return
             views = {name: _bytes_of(table) for name, table in tables.items()}
             key = self._key(content)
-            refused = self._shelf.write(key, linears, views, storage.digest, pause)
+            refused = self._shelf.write(key, linears, views, storage.digest, self._give_way)
             seconds = time.perf_counter() - started
             if refused is None:
                 place = self._shelf.place(key)
@@ -119,10 +118,6 @@ class Keeper:
         except OSError as error:
             _log.warning("packed weights are not kept: %s", error)
 
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
-
     def _give_way(self) -> None:
         """Rest while other threads of this process compute, though not for ever."""
         seconds = time.monotonic() - self._looked[0]
@@ -130,7 +125,8 @@ class Keeper:
             if _used() - self._looked[1] > BUSY * seconds:
                 self._stop.wait(REST_S)
             self._looked = (time.monotonic(), _used())
-        self._check()
+        if self._stop.is_set():
+            raise Stopped
 
 
 def _used() -> float:

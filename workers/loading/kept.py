@@ -63,7 +63,7 @@ class KeptWeights:
     def __init__(
         self, checkpoint: CheckpointWeights, keeper: Keeper, storage: WeightStorage
     ) -> None:
-        self._checkpoint, self._keeper, self._storage = checkpoint, keeper, storage
+        self._checkpoint, self.keeper, self._storage = checkpoint, keeper, storage
 
     def names(self, model: DecoderSpec) -> ModelNames:
         """As the checkpoint calls them."""
@@ -83,10 +83,10 @@ class KeptWeights:
             return self._checkpoint.fill(layers, model, names, progress, partial=partial)
         started = time.perf_counter()
         try:
-            file = self._keeper.open()
+            file = self.keeper.open()
         except Damaged as error:
             file = None
-            self._keeper.refuse(str(error))
+            self.keeper.refuse(str(error))
         kept = _KeptLayers(layers, self._storage, file)
         try:
             unused = self._checkpoint.fill(kept, model, names, progress, partial=partial)
@@ -98,9 +98,9 @@ class KeptWeights:
             _log.info("packed weights are those of an earlier start, read in %.2f s", seconds)
             return unused
         if file is not None:
-            self._keeper.refuse("weights in it are damaged or missing")
+            self.keeper.refuse("weights in it are damaged or missing")
         if kept.complete:
-            self._keeper.write(kept.linears, kept.tables, self._storage)
+            self.keeper.write(kept.linears, kept.tables, self._storage)
         return unused
 
 
