@@ -78,10 +78,13 @@ class Digests:
         part = self._place(facts).with_name(self._place(facts).name + ".part")
         with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as file:
             while not is_own(file.fileno(), part):  # another rank reads them already
-                if (text := self.known(facts)) is not None or not part.exists():
-                    return text
+                if not part.exists():
+                    return self.known(facts)
                 pause()
                 time.sleep(LOOK_S)
+            if (text := self.known(facts)) is not None:
+                part.unlink()
+                return text
             text = _content(facts, pause)
             now = tuple(_facts(Path(found.path)) for found in facts)
             newest = max((found.status_changed_ns for found in facts), default=0)

@@ -114,15 +114,18 @@ class Shelf:
         Of several that write the same at a time one does. `pause` is called between pieces of
         4 MiB; what it raises ends the writing. Raises `OSError`.
         """
-        size = sum(len(view) for linear in linears.values() for view in linear.arrays)
-        size += sum(map(len, tables.values()))
+        views = [view for linear in linears.values() for view in linear.arrays]
+        size = _ALIGNMENT + sum(_padded(len(view)) for view in [*views, *tables.values()])
         if size > self._most_bytes:
             return f"{size} bytes are more than all files may have together, {self._most_bytes}"
         part = self.place(key).with_name(self.place(key).name + _UNFINISHED)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            if not is_own(descriptor, part) or self.place(key).exists():
-                return "somebody else writes or has written the same"
+            if not is_own(descriptor, part):
+                return "somebody else writes the same"
+            if self.place(key).exists():
+                _unlink(part)
+                return "somebody else has written the same"
             self._make_room(size)
             disk = os.statvfs(self.folder)
             if disk.f_bavail * disk.f_frsize < _SPARE * size:
@@ -196,7 +199,7 @@ def _write(
         nonlocal end
         array = StoredArray(end, len(view), digest(view))
         _write_at(descriptor, view, end, pause)
-        end += -(-len(view) // _ALIGNMENT) * _ALIGNMENT
+        end += _padded(len(view))
         return array
 
     index = Index(
@@ -220,6 +223,10 @@ def _write_at(descriptor: int, data: memoryview, offset: int, pause: Callable[[]
         while left:
             count = os.pwrite(descriptor, left, offset + start)
             left, start = left[count:], start + count
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def is_own(descriptor: int, part: Path) -> bool:
