@@ -77,13 +77,11 @@ class Decoder:
             if not (model.tie_embeddings and self._tables):
                 bias = None if model.tie_embeddings else names.head_bias
                 self._tables.append(VocabTable(names.head, part.vocab, hidden, *place, bias))
-            self._head = VocabParallelHead(
-                self._tables[-1], shared=stage.is_first and model.tie_embeddings
-            )
+            tied = model.tie_embeddings and stage.is_first
+            self._head = VocabParallelHead(self._tables[-1], shared=tied)
             layout = names.layouts.get("final_norm", PLAIN)
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
-        layouts = names.layouts
-        shared = (group, backend, dtype, device)
+        layouts, shared = names.layouts, (group, backend, dtype, device)
         # there may be just room for the rounded weights, and not for all of them as they come
         self._late = weights in ROUNDED_DTYPES
         self.layers: list[DecoderLayer] = []

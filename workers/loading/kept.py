@@ -26,7 +26,7 @@ from .fingerprint import facts_of
 from .keeper import Keeper, keeper_of
 from .pieces import Packable, Piece
 from .shelf import Damaged, ShelfFile
-from .weights import CheckpointWeights, Progress
+from .weights import CheckpointWeights, Progress, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -104,8 +104,9 @@ class KeptWeights:
         return unused
 
 
-def kept_weights(spec: WorkerSpec, rank: int, backend: KernelBackend) -> KeptWeights | None:
-    """The weights of a rank, where they are to be kept and the backend's can be."""
+def kept_weights(spec: WorkerSpec, rank: int, backend: KernelBackend) -> Weights | None:
+    """A rank's weights, where they are to be kept and the backend's can be; None: the engine's own
+    way will do."""
     if spec.weight_cache is None or not isinstance(backend, StoringBackend):
         return None
     try:
@@ -113,13 +114,12 @@ def kept_weights(spec: WorkerSpec, rank: int, backend: KernelBackend) -> KeptWei
     except OSError:
         return None  # whoever opens it says what is wrong
     checkpoint = open_checkpoint(spec.checkpoint)
+    plain = CheckpointWeights(checkpoint)
     if not spec.weight_cache.folder and not _is_rounded(checkpoint):
-        return None
+        return plain
     storage = backend.storage
     keeper = keeper_of(spec, rank, storage, facts)
-    if keeper is None:
-        return None
-    return KeptWeights(CheckpointWeights(checkpoint), keeper, storage)
+    return plain if keeper is None else KeptWeights(plain, keeper, storage)
 
 
 def _is_rounded(checkpoint: SafetensorsCheckpoint | GgufCheckpoint) -> bool:

@@ -14,6 +14,7 @@ from phalanx.protos.specs import CacheSpec, WeightCacheSpec, WorkerSpec, activat
 from phalanx.protos.steps import NewSequence, Row, StepPlan
 from phalanx.workers.engine import Engine
 from phalanx.workers.loading.kept import KeptWeights, kept_weights
+from phalanx.workers.loading.weights import Weights
 from phalanx.workers.parallel import SingleRank, TensorParallel, ThreadRank
 
 PROMPT = [5, 17, 300, 44, 9, 9, 81, 400, 3, 77, 211, 30]
@@ -56,7 +57,7 @@ class Started:
         groups: list[TensorParallel] = [SingleRank()]
         if spec.tp_size > 1:
             groups = list(ThreadRank.group(spec.tp_size))
-        self.kept: list[KeptWeights | None] = []
+        self.kept: list[Weights | None] = []
         self.engines = []
         for rank, group in enumerate(groups):
             backend = NativeBackend(threads=1)
@@ -65,7 +66,7 @@ class Started:
         self.progress: list[tuple[int, int]] = []
         self._each(lambda engine: engine.load(lambda *state: self.progress.append(state)))
         for kept in self.kept:
-            assert kept is None or kept.keeper.wait(60)
+            assert not isinstance(kept, KeptWeights) or kept.keeper.wait(60)
 
     def _each(self, work: Callable[[Engine], Any]) -> list[Any]:
         with ThreadPoolExecutor(len(self.engines)) as pool:

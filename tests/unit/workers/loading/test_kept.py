@@ -16,8 +16,12 @@ import pytest
 from phalanx.kernels.cpu.backend import CpuBackend
 from phalanx.kernels.cpu.native_backend import NativeBackend
 from phalanx.protos.specs import WorkerSpec
+from phalanx.workers.engine import Engine
 from phalanx.workers.loading.keeper import recipe
-from phalanx.workers.loading.kept import kept_weights
+from phalanx.workers.loading.kept import KeptWeights, kept_weights
+from phalanx.workers.loading.shelf import Shelf
+from phalanx.workers.loading.weights import CheckpointWeights
+from phalanx.workers.parallel import SingleRank
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -73,7 +77,8 @@ def test_of_itself_only_what_must_be_computed_from_blocks_is_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "phalanx" / "weights"
     for checkpoint in (tiny_llama(), tiny_gguf()):
-        assert kept_weights(worker_spec(checkpoint, ""), 0, NativeBackend(threads=1)) is None
+        plainly = kept_weights(worker_spec(checkpoint, ""), 0, NativeBackend(threads=1))
+        assert isinstance(plainly, CheckpointWeights)
     # rows of 96: of blocks
     checkpoint = tiny_gguf(quantization="Q8_0", hidden_size=96, intermediate_size=160)
     plain = started(worker_spec(checkpoint)).answers()
@@ -220,3 +225,32 @@ def test_a_folder_that_others_can_read_is_not_used(
         started(worker_spec(tiny_llama(), tmp_path)).answers()
     assert "has mode 0755" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_ends_leaves_nothing_unfinished(
+    tiny_llama: Callable[..., Path],
+    worker_spec: Callable[..., WorkerSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("phalanx.workers.loading.fingerprint.SETTLED_NS", 0)
+    spec = worker_spec(tiny_llama(), tmp_path / "kept")
+    backend = NativeBackend(threads=1)
+    kept = kept_weights(spec, 0, backend)
+    assert isinstance(kept, KeptWeights)
+    reached, ended = threading.Event(), threading.Event()
+    write = Shelf.write
+
+    def begin(*arguments: Any) -> str | None:
+        reached.set()
+        assert ended.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(Shelf, "write", begin)
+    engine = Engine(spec, SingleRank(), backend, weights=kept)
+    engine.load()
+    assert reached.wait(60)
+    threading.Timer(0.1, ended.set).start()
+    kept.keeper.close()
+    assert kept.keeper.wait(0)
+    assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".digest"}
