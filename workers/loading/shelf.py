@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ _ALIGNMENT = 4096
 _PIECE = 4 << 20
 _NAME = re.compile(r"[0-9a-f]{64}\.weights")
 _UNFINISHED = ".part"
+ABANDONED_S = 60.0
+"""Nobody looks whether an unfinished file has a writer that was written to less long ago."""
 _SPARE = 2
 """Nothing is written where the disk has not so many times the room."""
 
@@ -119,10 +122,10 @@ class Shelf:
         if size > self._most_bytes:
             return f"{size} bytes are more than all files may have together, {self._most_bytes}"
         part = self.place(key).with_name(self.place(key).name + _UNFINISHED)
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = _take(part)
+        if descriptor is None:
+            return "somebody else writes the same"
         try:
-            if not is_own(descriptor, part):
-                return "somebody else writes the same"
             if self.place(key).exists():
                 _unlink(part)
                 return "somebody else has written the same"
@@ -153,7 +156,7 @@ class Shelf:
                 if finished == entry.name:
                     facts = entry.stat(follow_symlinks=False)
                     found.append((facts.st_mtime_ns, facts.st_size, Path(entry.path)))
-                else:
+                elif time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_S:
                     _unlink_abandoned(Path(entry.path))
         total = sum(held for _, held, _ in found) + size
         for _, held, path in sorted(found):
@@ -180,9 +183,14 @@ def _read_index(descriptor: int, key: str) -> Index:
     if hashlib.sha256(raw).digest() != checksum:
         raise Damaged("its index is damaged")
     try:
-        return msgspec.msgpack.decode(raw, type=Index)
+        index = msgspec.msgpack.decode(raw, type=Index)
     except msgspec.DecodeError:
         raise Damaged("its index is not understood") from None
+    arrays = [array for linear in index.linears.values() for array in linear.arrays]
+    for array in [*arrays, *index.tables.values()]:
+        if min(array.offset, array.size) < 0 or array.offset + array.size > start:
+            raise Damaged("its index speaks of what is not there")
+    return index
 
 
 def _write(
@@ -227,6 +235,17 @@ def _write_at(descriptor: int, data: memoryview, offset: int, pause: Callable[[]
 
 def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _take(part: Path) -> int | None:
+    """The file, opened and locked; None while somebody else has it."""
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if is_own(descriptor, part):
+            return descriptor
+        os.close(descriptor)
+        if part.exists():
+            return None  # else it was removed or renamed just before it was locked
 
 
 def is_own(descriptor: int, part: Path) -> bool:

@@ -82,7 +82,9 @@ def test_a_disk_without_much_room_is_left_alone(
 
 def test_what_was_not_finished_is_removed(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path / "shelf", 10 * SIZE)
-    (shelf.folder / f"{key(2)}.weights.part").write_bytes(bytes(99))
+    part = shelf.folder / f"{key(2)}.weights.part"
+    part.write_bytes(bytes(99))
+    os.utime(part, (1, 1))
 
     def stop() -> None:
         raise InterruptedError
