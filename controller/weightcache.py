@@ -19,7 +19,7 @@ class WeightCacheFields:
     weights_cache: str | None = option(
         AUTO,
         "Folder in which CPU ranks keep weights as they packed them, for their next start. auto is "
-        "this user's, below XDG_CACHE_HOME, and only for quantised GGUF files.",
+        "this user's, below XDG_CACHE_HOME, and used where packing takes long.",
         unset="off",
         group="Advanced",
     )

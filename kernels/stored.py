@@ -46,6 +46,9 @@ class WeightStorage(Protocol):
     def contents(self, packed: PackedLinear) -> Contents | None:
         """None for a weight that this backend has not packed by itself."""
 
+    def is_costly(self, contents: Contents) -> bool:
+        """Whether packing it takes much longer than reading so many bytes."""
+
     def digest(self, data: memoryview) -> int:
         """See `StoredArray`."""
 

@@ -320,7 +320,7 @@ class WeightCacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where a rank keeps weights as it packed them."""
 
     folder: str
-    """On each rank's own machine; empty: its user's own, for checkpoints where it pays."""
+    """On each rank's own machine; empty: its user's own, for weights that take long to pack."""
     most_bytes: int
     """Of all files in it together."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from phalanx.kernels.interface import PackedLinear
 from phalanx.kernels.stored import Contents, StoredArray, StoredLinear
 
-from .library import INT8, MOST_ARRAYS, Part, Stored, library_path
+from .library import COMPACT, INT8, MOST_ARRAYS, Part, Stored, library_path
 from .linear import NativeInt8Linear, NativeLinear, PackedWeight
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class NativeStorage:
         dtype = str(packed.dtype).removeprefix("torch.")
         views = (_view(part.data, part.bytes) for part in stored.parts)
         return Contents((dtype, packed.packed, stored.type), (stored.out, stored.in_), tuple(views))
+
+    def is_costly(self, contents: Contents) -> bool:
+        """What is kept in 12 bits: a second and more for a gigabyte."""
+        return contents.kind[2] == COMPACT
 
     def digest(self, data: memoryview) -> int:
         """Computed without holding up anything else."""

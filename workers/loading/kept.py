@@ -6,7 +6,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -29,6 +30,8 @@ from .shelf import Damaged, ShelfFile
 from .weights import CheckpointWeights, Progress, Weights
 
 _log = logging.getLogger(__name__)
+LEAST_BYTES = 64 << 20
+"""Of packed weights that are worth a file: it saves a tenth of a second and more."""
 
 
 class Table(Protocol):
@@ -61,8 +64,14 @@ class KeptWeights:
     checkpoint all else, which the keeper then writes behind the start."""
 
     def __init__(
-        self, checkpoint: CheckpointWeights, keeper: Keeper, storage: WeightStorage
+        self,
+        checkpoint: CheckpointWeights,
+        keeper: Keeper,
+        storage: WeightStorage,
+        pays: Callable[[Sequence[Contents]], bool] = lambda contents: True,
     ) -> None:
+        """pays: whether what was packed is worth a file."""
+        self._pays = pays
         self._checkpoint, self.keeper, self._storage = checkpoint, keeper, storage
 
     def names(self, model: DecoderSpec) -> ModelNames:
@@ -99,7 +108,7 @@ class KeptWeights:
             return unused
         if file is not None:
             self.keeper.refuse("weights in it are damaged or missing")
-        if kept.complete:
+        if kept.complete and self._pays(list(kept.linears.values())):
             self.keeper.write(kept.linears, kept.tables, self._storage)
         return unused
 
@@ -114,17 +123,26 @@ def kept_weights(spec: WorkerSpec, rank: int, backend: KernelBackend) -> Weights
     except OSError:
         return None  # whoever opens it says what is wrong
     checkpoint = open_checkpoint(spec.checkpoint)
-    plain = CheckpointWeights(checkpoint)
-    if not spec.weight_cache.folder and not _is_rounded(checkpoint):
-        return plain
-    storage = backend.storage
+    weights, storage = CheckpointWeights(checkpoint), backend.storage
     keeper = keeper_of(spec, rank, storage, facts)
-    return plain if keeper is None else KeptWeights(plain, keeper, storage)
+    if keeper is None:
+        return weights
+    if spec.weight_cache.folder:
+        return KeptWeights(weights, keeper, storage)
+    rounded = _is_rounded(checkpoint)
+    return KeptWeights(weights, keeper, storage, partial(_pays, storage, rounded))
+
+
+def _pays(storage: WeightStorage, rounded: bool, contents: Sequence[Contents]) -> bool:
+    """Whether the next start gains something that is worth the room. rounded: the checkpoint is."""
+    sizes = {True: 0, False: 0}
+    for linear in contents:
+        sizes[rounded or storage.is_costly(linear)] += sum(map(len, linear.arrays))
+    return sum(sizes.values()) >= LEAST_BYTES and sizes[True] > sizes[False]
 
 
 def _is_rounded(checkpoint: SafetensorsCheckpoint | GgufCheckpoint) -> bool:
-    """Whether most of the numbers have to be computed from blocks. Numbers that are stored as they
-    are used come as fast from the checkpoint."""
+    """Whether most of the numbers have to be computed from blocks."""
     if not isinstance(checkpoint, GgufCheckpoint):
         return False
     sizes = {True: 0, False: 0}

@@ -20,7 +20,6 @@ from phalanx.workers.engine import Engine
 from phalanx.workers.loading.keeper import recipe
 from phalanx.workers.loading.kept import KeptWeights, kept_weights
 from phalanx.workers.loading.shelf import Shelf
-from phalanx.workers.loading.weights import CheckpointWeights
 from phalanx.workers.parallel import SingleRank
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -65,7 +64,7 @@ def test_a_second_start_reads_what_the_first_has_packed(
     assert again.answers() == plain
 
 
-def test_of_itself_only_what_must_be_computed_from_blocks_is_kept(
+def test_of_itself_only_what_takes_long_to_pack_is_kept(
     tiny_llama: Callable[..., Path],
     tiny_gguf: Callable[..., Path],
     worker_spec: Callable[..., WorkerSpec],
@@ -76,17 +75,22 @@ def test_of_itself_only_what_must_be_computed_from_blocks_is_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "phalanx" / "weights"
-    for checkpoint in (tiny_llama(), tiny_gguf()):
-        plainly = kept_weights(worker_spec(checkpoint, ""), 0, NativeBackend(threads=1))
-        assert isinstance(plainly, CheckpointWeights)
+    started(worker_spec(tiny_llama(), ""))
+    assert not files(folder)  # is small
+    monkeypatch.setattr("phalanx.workers.loading.kept.LEAST_BYTES", 0)
+    for dtype in ("float32", "int8"):
+        started(worker_spec(tiny_llama(), "", dtype=dtype))
+        assert not files(folder)
+    started(worker_spec(tiny_llama(), ""))
+    assert len(files(folder)) == 1  # in 12 bits
     # rows of 96: of blocks
     checkpoint = tiny_gguf(quantization="Q8_0", hidden_size=96, intermediate_size=160)
-    plain = started(worker_spec(checkpoint)).answers()
-    assert started(worker_spec(checkpoint, "")).answers() == plain
-    assert len(files(folder)) == 1
+    plain = started(worker_spec(checkpoint, dtype="int8")).answers()
+    assert started(worker_spec(checkpoint, "", dtype="int8")).answers() == plain
+    assert len(files(folder)) == 2
     read_tensors.clear()
-    assert started(worker_spec(checkpoint, "")).answers() == plain
-    assert all("norm" in name for name in read_tensors)
+    assert started(worker_spec(checkpoint, "", dtype="int8")).answers() == plain
+    assert read_tensors and all("norm" in name for name in read_tensors)
     spec = worker_spec(checkpoint, tmp_path / "other")
     assert kept_weights(spec, 0, CpuBackend()) is None
     assert not (tmp_path / "other").exists()
@@ -171,10 +175,10 @@ def test_whatever_decides_the_bits_is_in_the_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = worker_spec(tiny_llama())
-    layouts = {NativeBackend(isa=isa).storage.layout for isa in ("", "plain")}
-    assert len(layouts) == 2
-    layout = layouts.pop()
-    keys = {recipe(spec, 0, layout), recipe(spec, 1, layout), recipe(spec, 0, layouts.pop())}
+    kinds: tuple[dict[str, Any], ...] = ({}, {"isa": "plain"}, {"compact": False})
+    layout, *others = [NativeBackend(threads=1, **kind).storage.layout for kind in kinds]
+    keys = {recipe(spec, rank, layout) for rank in (0, 1)}
+    keys |= {recipe(spec, 0, other) for other in others}
     for change in (
         {"dtype": "int8"},
         {"dtype": "float32"},
@@ -184,7 +188,7 @@ def test_whatever_decides_the_bits_is_in_the_key(
         {"model": msgspec.structs.replace(spec.model, num_layers=1)},
     ):
         keys.add(recipe(msgspec.structs.replace(spec, **change), 0, layout))
-    assert len(keys) == 9
+    assert len(keys) == 10
     for change in ({"max_running": 3}, {"epoch": 5}, {"checkpoint": "/elsewhere"}):
         assert recipe(msgspec.structs.replace(spec, **change), 0, layout) in keys
     monkeypatch.setattr("phalanx.workers.loading.keeper._MADE_BY", ("checkpoint",))
