@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import logging
 import os
@@ -29,7 +28,7 @@ LOOK_S = 0.05
 """After so long a piece of work it looks whether others compute,"""
 BUSY = 0.2
 """so many cores of this process at least,"""
-REST_S = 1.0
+REST_S = 5.0
 """and then rests for so long."""
 
 
@@ -92,9 +91,6 @@ class Keeper:
     def _run(
         self, linears: dict[str, Contents], tables: dict[str, Tensor], storage: WeightStorage
     ) -> None:
-        if hasattr(os, "setpriority"):
-            with contextlib.suppress(OSError):  # of this thread alone, on Linux
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         started = time.perf_counter()
         self._looked = (time.monotonic(), _used())
         try:
@@ -119,7 +115,10 @@ class Keeper:
             _log.warning("packed weights are not kept: %s", error)
 
     def _give_way(self) -> None:
-        """Rest while other threads of this process compute, though not for ever."""
+        """Rest while other threads of this process compute, though not for ever.
+
+        A lower priority would be worse: a thread that waits for a core may have the interpreter.
+        """
         seconds = time.monotonic() - self._looked[0]
         if seconds > LOOK_S:
             if _used() - self._looked[1] > BUSY * seconds:
