@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,9 @@ class NativeStorage:
     @property
     def layout(self) -> str:
         """The build, the instruction set, and whether bfloat16 is kept in 12 bits."""
-        path = library_path()
-        build = hashlib.sha256(path.read_bytes() if path else b"").hexdigest()
+        library, ours = library_path(), Path(__file__).with_name("linear.py")
+        parts = [file.read_bytes() for file in (library, ours) if file is not None]
+        build = hashlib.sha256(b"".join(parts)).hexdigest()
         compact = "compact" if self._backend.compact else "plain"
         return f"{self._backend.name} {self._backend.isa} {compact} {build}"
 
