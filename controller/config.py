@@ -18,13 +18,14 @@ from .agreement import disagreements
 from .rules import Rule, option
 from .tools.formats import FORMAT_NAMES
 from .units import is_loopback
+from .weightcache import INHERITED, WeightCacheFields
 
 MIB = 2**20
 DTYPES, KV_DTYPES = ("auto", *get_args(DType)), ("auto", *DTYPE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(WeightCacheFields):
     """How a cluster is built and served. Raises `ConfigError` listing every wrong field."""
 
     model: str = field(
@@ -382,17 +383,14 @@ class ClusterConfig:
         return served and not is_loopback(self.metrics_host) and not self.insecure
 
 
-RULES: dict[str, Rule] = {
-    item.name: item.metadata["rule"] for item in dataclasses.fields(ClusterConfig)
-}
+# what is inherited comes last
+_FIELDS = sorted(dataclasses.fields(ClusterConfig), key=lambda item: item.name in INHERITED)
+RULES: dict[str, Rule] = {item.name: item.metadata["rule"] for item in _FIELDS}
 DEFAULTS: dict[str, Any] = {
-    item.name: item.default
-    for item in dataclasses.fields(ClusterConfig)
-    if item.default is not dataclasses.MISSING
+    item.name: item.default for item in _FIELDS if item.default is not dataclasses.MISSING
 }
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 KINDS: dict[str, type] = {
-    item.name: _KINDS[str(item.type).removesuffix(" | None")]
-    for item in dataclasses.fields(ClusterConfig)
+    item.name: _KINDS[str(item.type).removesuffix(" | None")] for item in _FIELDS
 }
 """Field name to the Python type of its values."""

@@ -47,6 +47,8 @@ SETTINGS = [
     "host_kv_memory",
     "disk_kv_path",
     "disk_kv_memory",
+    "weights_cache",
+    "weights_cache_bytes",
     "collectives",
     "threads",
     "start_timeout_s",

@@ -316,6 +316,15 @@ class TierSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Of the replica, on each rank's own machine; ranks have folders of their own in it."""
 
 
+class WeightCacheSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a rank keeps weights as it packed them."""
+
+    folder: str
+    """On each rank's own machine; empty: its user's own, for weights that take long to pack."""
+    most_bytes: int
+    """Of all files in it together."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that one group of ranks needs to build its shard. Equal on every rank."""
 
@@ -337,6 +346,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     tiers: TierSpec | None = None
     """Below the KV pool; None = no tiers."""
+    weight_cache: WeightCacheSpec | None = None
+    """None = weights are packed anew at every start."""
     tokenizer: str = ""
     """The tokenizer as `tokenizers` writes it, JSON, for grammars; empty where none is needed."""
     trace_endpoint: str = ""

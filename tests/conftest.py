@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -42,6 +43,14 @@ TINY_LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_home() -> Iterator[None]:
+    """What servers of tests keep by themselves does not outlive the tests."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from .fused import FusedLayers
 from .layers.block import DecoderLayer
 from .layers.embedding import PositionTable, VocabParallelEmbedding, VocabParallelHead, VocabTable
 from .layers.norm import Norm, Normalize
-from .loading.pieces import Piece
+from .loading.pieces import Packable, Piece
 from .models.layout import PLAIN
 from .models.registry import ModelNames
 from .packing import Int8Packer, packer
@@ -77,11 +77,11 @@ class Decoder:
             if not (model.tie_embeddings and self._tables):
                 bias = None if model.tie_embeddings else names.head_bias
                 self._tables.append(VocabTable(names.head, part.vocab, hidden, *place, bias))
-            self._head = VocabParallelHead(self._tables[-1])
+            tied = model.tie_embeddings and stage.is_first
+            self._head = VocabParallelHead(self._tables[-1], shared=tied)
             layout = names.layouts.get("final_norm", PLAIN)
             self._final_norm = Norm(names.final_norm, hidden, *place, model=model, layout=layout)
-        layouts = names.layouts
-        shared = (group, backend, dtype, device)
+        layouts, shared = names.layouts, (group, backend, dtype, device)
         # there may be just room for the rounded weights, and not for all of them as they come
         self._late = weights in ROUNDED_DTYPES
         self.layers: list[DecoderLayer] = []
@@ -103,8 +103,20 @@ class Decoder:
         """The pieces of a stage, laid out to be filled and then packed."""
         if stage and self._late:
             for linear in self.layers[stage - 1].linears:
-                linear.allocate(self._device)
+                if linear.weight is not None:
+                    linear.allocate(self._device)
         return self.stages[stage]
+
+    def packables(self, stage: int) -> Sequence[Packable]:
+        """What is packed, or adopts what an equal one was packed to, when a stage is."""
+        if stage:
+            return self.layers[stage - 1].linears
+        return [] if self._head is None else [self._head]
+
+    @property
+    def tables(self) -> list[VocabTable]:
+        """Of stage 0: the embedding, and the head's where it has one of its own."""
+        return self._tables
 
     @property
     def stages(self) -> list[list[Piece]]:
@@ -136,9 +148,8 @@ class Decoder:
         """Hand the weights of a filled stage to the backend; stage 0 is embedding and head."""
         if stage == 0:
             if self._head is not None:
-                shared = self._model.tie_embeddings and self._embedding is not None
                 rounds = isinstance(self._packer, Int8Packer)
-                self._head.pack(self._packer if rounds else self._backend, shared=shared)
+                self._head.pack(self._packer if rounds else self._backend)
             return
         for linear in self.layers[stage - 1].linears:
             linear.pack(self._backend if linear.exact else self._packer)

@@ -20,6 +20,7 @@ from phalanx.protos.specs import DTYPE_BYTES, WorkerSpec, activation_dtype
 
 from .engine import Engine
 from .graphs.device import CudaGraphs
+from .loading.kept import kept_weights
 from .parallel import SingleRank, TensorParallel
 from .pipeline import DistributedStage, Pipeline, SingleStage
 from .sampling.exchange import PIECE
@@ -250,7 +251,7 @@ def build_engine(
     if wanted and getattr(group, "capturable", group.size == 1):
         recorder = CudaGraphs(torch.device(spec.device))
     kernels = reason.removeprefix("kernels: ")
-    parts = (spec, group, backend, kernels, pipeline, recorder)
+    parts = (spec, group, backend, kernels, pipeline, recorder, kept_weights(spec, rank, backend))
     if (points := failpoints(rank)) is not None:
         from .failing import FailingEngine
 

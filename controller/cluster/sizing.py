@@ -8,6 +8,7 @@ from typing import Literal, Protocol, cast
 
 from phalanx.controller.config import ClusterConfig
 from phalanx.controller.model import ServedModel
+from phalanx.controller.weightcache import weight_cache
 from phalanx.protos.errors import ConfigError
 from phalanx.protos.recording import records_steps
 from phalanx.protos.specs import DType, TierSpec, WorkerSpec, activation_dtype, foreign_formats
@@ -140,6 +141,7 @@ def size_group(
         epoch=epoch,
         tokenizer=served.tokenizer.to_str(),
         trace_endpoint=config.trace_endpoint or "",
+        weight_cache=weight_cache(config, device),
     )
     return spec, result
 

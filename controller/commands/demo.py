@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 MODEL = "smollm2"
 QUESTION = "What is the capital of France?"
 MAX_TOKENS = 64
-SETTINGS = {"tp": 2, "port": 0, "metrics_port": 0, "kv_tokens": 8192, "log_level": "warning"}
+SETTINGS = {
+    "tp": 2,
+    "port": 0,
+    "metrics_port": 0,
+    "kv_tokens": 8192,
+    "log_level": "warning",
+    "weights_cache": "off",
+}
 
 
 @dataclass(frozen=True)

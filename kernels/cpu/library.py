@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -24,6 +24,28 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_quick": 3, "relu": 4,
 """`Activation` of native/common.h."""
 MOST_ANGLES = 2
 """Paces at which the layers of a stack may rotate."""
+
+
+MOST_ARRAYS = 7
+"""Of a packed weight: `kArrays` of native/stored.h."""
+
+
+class Part(ctypes.Structure):
+    """`Part` of native/stored.h."""
+
+    _fields_ = [("data", c_void_p), ("bytes", c_int64), ("offset", c_int64), ("digest", c_uint64)]
+
+
+class Stored(ctypes.Structure):
+    """`Stored` of native/stored.h."""
+
+    _fields_ = [
+        ("out", c_int64),
+        ("in_", c_int64),
+        ("type", c_int32),
+        ("parts", Part * MOST_ARRAYS),
+        ("matrix", c_void_p),
+    ]
 
 
 class Spans(ctypes.Structure):
@@ -165,7 +187,7 @@ class Step(ctypes.Structure):
     ]
 
 
-INTERFACE = 4
+INTERFACE = 5
 """Counts changes of what crosses the interface; the library has the same number (native/api.cpp)."""
 MOST_GROUP, MOST_DIM, MOST_RANKS = 256, 1024, 64
 """Query heads that share a kv head, head dimension, ranks: kMostGroup, kMostDim, kMostRanks."""
@@ -177,6 +199,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "phx_isa": (c_char_p, [_P]),
     "phx_pack": (_P, [_P, _P, _T, _L, _L, _P, _T]),
     "phx_packed_bytes": (_L, [_P]),
+    "phx_describe": (None, [POINTER(Stored)]),
+    "phx_digest": (c_uint64, [_P, _L]),
+    "phx_read": (_T, [_P, _T, POINTER(Part), _L]),
+    "phx_restore": (_T, [_P, _T, POINTER(Stored), _L]),
     "phx_unpack_rows": (None, [_P, _P, _L, _P]),
     "phx_matmul": (None, [_P, _P, _P, _T, _L, _P, _T]),
     "phx_best": (None, [_P, _P, _P, _T, _L, _P, _P]),

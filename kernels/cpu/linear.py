@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,22 @@ class PackedWeight:
     def bytes(self) -> int:
         """What the weight takes in panels."""
         return int(self._backend.library.phx_packed_bytes(self.handle))
+
+    @classmethod
+    def restored(
+        cls,
+        backend: NativeBackend,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        packed: int,
+        handle: int,
+    ) -> Self:
+        """One that is in the library's memory already."""
+        weight = cls.__new__(cls)
+        weight._backend, weight.dtype, weight.packed = backend, dtype, packed
+        weight.out_features, weight.in_features = shape
+        weight.handle = handle
+        return weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out], sums in float32 or exact."""

@@ -22,6 +22,7 @@ from .linear import NativeInt8Linear, NativeLinear
 from .panels import as_panels, block_tokens, from_panels, in_panels, pool_type, row_width
 from .spans import NativePlan
 from .stack import NativeStack, can_run
+from .stored import NativeStorage
 
 
 class NativeBackend(CpuBackend):
@@ -54,6 +55,11 @@ class NativeBackend(CpuBackend):
         if weight.dtype not in TYPES:
             return super().pack_linear_int8(weight, bias)
         return NativeInt8Linear(self, weight, bias)
+
+    @property
+    def storage(self) -> NativeStorage:
+        """Packed weights in files."""
+        return NativeStorage(self)
 
     def argmax(self, x: Tensor) -> Tensor:
         """The first largest of each row of float32 x [n, m], m >= 1, without NaN: int64 [n]."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from phalanx.kernels.fused import BestOutput, RowLookup
 from phalanx.kernels.interface import PackedLinear, WideLinear
 from phalanx.protos.shards import Span
+from phalanx.workers.loading.memory import room
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.packing import Int8Packer, LinearPacker
 from phalanx.workers.parallel import TensorParallel
@@ -28,7 +29,7 @@ class VocabTable:
     ) -> None:
         self.vocab = vocab
         self._rows: RowLookup | None = None
-        self.weight = torch.empty(vocab.size, hidden, dtype=dtype, device=device)
+        self.weight = room((vocab.size, hidden), dtype, device)
         self.pieces = [Piece(name, self.weight, rows=vocab)]
         self.bias: Tensor | None = None
         if bias is not None:
@@ -39,6 +40,10 @@ class VocabTable:
         """Forget the weight, once it is held in another layout, of which `rows` reads rows."""
         self.weight, self.pieces = self.weight[:0].clone(), []
         self._rows = rows
+
+    def filled(self) -> None:
+        """The weight is there already."""
+        self.pieces = []
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of the table for local ids, int64 [T] -> [T, hidden]."""
@@ -83,30 +88,49 @@ class PositionTable:
 class VocabParallelHead:
     """Hidden states -> logits of this rank's vocabulary rows; nothing is gathered."""
 
-    def __init__(self, table: VocabTable) -> None:
-        self._table = table
+    def __init__(self, table: VocabTable, *, shared: bool) -> None:
+        """shared: the table is the embedding as well."""
+        self._table, self._shared = table, shared
+        self._packed: PackedLinear | None = None
         self._run: PackedLinear | None = None
         self._best: BestOutput | None = None
 
-    def pack(self, backend: LinearPacker, *, shared: bool) -> None:
+    @property
+    def pieces(self) -> list[Piece]:
+        """Those of the table."""
+        return self._table.pieces
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The backend's product."""
+        if self._packed is None:
+            raise RuntimeError("used before pack(), or the table is used as it is")
+        return self._packed
+
+    def pack(self, backend: LinearPacker) -> None:
         """Prepare the product; a table shared with the embedding is used in place, or, where the
         head is rounded, kept beside it."""
-        table = self._table
-        packed = backend.pack_linear(table.weight, table.bias)
+        if self._run is None:
+            table, rounded = self._table, isinstance(backend, Int8Packer)
+            self.adopt(backend.pack_linear(table.weight, table.bias), rounded=rounded)
+
+    def adopt(self, packed: PackedLinear, *, rounded: bool = True) -> None:
+        """Take what the table was packed to. rounded: the table's own weight is no substitute."""
+        table, self._packed = self._table, packed
         # two tokens whose bfloat16 logits tie are seldom equal: the sums are taken unrounded
         run = packed.wide if isinstance(packed, WideLinear) else packed
         if isinstance(packed, BestOutput):
             self._best = packed
-        if not shared:
+        if not self._shared:
             self._run = run
             table.release()
-        elif isinstance(backend, Int8Packer):
-            self._run = run
         elif isinstance(packed, RowLookup):
             self._run = run
             table.release(packed)
+        elif rounded:
+            self._run = run
         else:
-            self._run = lambda x: F.linear(x, table.weight, table.bias)
+            self._packed, self._run = None, lambda x: F.linear(x, table.weight, table.bias)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> logits [rows, local vocabulary], float32 where it is free."""

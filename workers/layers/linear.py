@@ -7,7 +7,7 @@ Row-parallel: the input features are divided, the partial results are summed ove
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from phalanx.kernels.float8 import Float8Linear, Float8Rows
 from phalanx.kernels.interface import PackedLinear
 from phalanx.protos.shards import Span
+from phalanx.workers.loading.memory import room
 from phalanx.workers.loading.pieces import Piece
 from phalanx.workers.models.layout import PLAIN, Layout
 from phalanx.workers.packing import LinearPacker
@@ -62,10 +63,11 @@ class ColumnParallelLinear:
 
     def allocate(self, device: torch.device) -> None:
         """Lay out what is to be filled, anew; on "meta" it takes no memory yet."""
-        place: dict[str, Any] = {"dtype": self._dtype, "device": device}
-        self.weight: Tensor | None = torch.empty(self._shape, **place)
+        self.weight: Tensor | None = room(self._shape, self._dtype, device)
         has_bias = any(output.bias for output in self._outputs)
-        self.bias = torch.zeros(self._shape[0], **place) if has_bias else None
+        self.bias = None
+        if has_bias:
+            self.bias = torch.zeros(self._shape[0], dtype=self._dtype, device=device)
         self.pieces: list[Piece] = []
         start = 0
         for output in self._outputs:
@@ -90,6 +92,10 @@ class ColumnParallelLinear:
         if self.weight is not None:
             self._run = backend.pack_linear(self.weight, self.bias)
             self.weight, self.pieces = None, []
+
+    def adopt(self, packed: PackedLinear) -> None:
+        """Take what an equal layer was packed to, in place of being filled and packed."""
+        self._run, self.weight, self.pieces = packed, None, []
 
     @property
     def packed(self) -> PackedLinear:
@@ -137,13 +143,12 @@ class RowParallelLinear:
 
     def allocate(self, device: torch.device) -> None:
         """Lay out what is to be filled, anew; on "meta" it takes no memory yet."""
-        place: dict[str, Any] = {"dtype": self._dtype, "device": device}
         (weight, bias), layout = self._names, self._layout
-        self.weight: Tensor | None = torch.empty(self._shape, **place)
+        self.weight: Tensor | None = room(self._shape, self._dtype, device)
         self.pieces = [Piece(weight, self.weight, columns=self._columns, layout=layout)]
         self.bias = None
         if bias is not None:
-            self.bias = torch.zeros(self._shape[0], **place)
+            self.bias = torch.zeros(self._shape[0], dtype=self._dtype, device=device)
             self.pieces.append(Piece(bias, self.bias, layout=Layout(entry=layout.entry)))
 
     def pack(self, backend: LinearPacker) -> None:
@@ -152,6 +157,10 @@ class RowParallelLinear:
             bias = self.bias if self._group.rank == 0 else None
             self._run = backend.pack_linear(self.weight, bias)
             self.weight, self.pieces = None, []
+
+    def adopt(self, packed: PackedLinear) -> None:
+        """Take what an equal layer was packed to, in place of being filled and packed."""
+        self._run, self.weight, self.pieces = packed, None, []
 
     @property
     def packed(self) -> PackedLinear:

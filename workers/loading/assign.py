@@ -81,16 +81,18 @@ def fill(
             f"checkpoint holds {len(unknown)} tensors that the model has no place for, "
             f"the first is {unknown[0]!r}"
         )
-    total = sum(piece.target.numel() for stage in stages for piece in stage)
-    done, count = 0, len(stages)
+    sizes = [sum(piece.target.numel() for piece in stage) for stage in stages]
+    total, count = sum(sizes), len(stages)
     del stages
     for index in range(count):
+        done = sum(sizes[:index])
         stage = model.open(index)
         while stage:  # nothing here holds a piece when its stage is packed, so its memory is freed
             for amount in _fill_piece(stage.pop(0), checkpoint, permuted_heads):
                 done += amount
                 progress(done, total)
         model.pack(index)
+        progress(sum(sizes[: index + 1]), total)
     return unused
 
 

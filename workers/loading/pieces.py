@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
+from phalanx.kernels.interface import PackedLinear
 from phalanx.protos.shards import Span
 from phalanx.workers.models.layout import PLAIN, Layout
 
@@ -27,3 +29,18 @@ class Piece:
     head_dim: int | None = None
     rotary_dim: int | None = None
     layout: Layout = PLAIN
+
+
+class Packable(Protocol):
+    """A weight that is filled and then packed, or takes what an equal one was packed to."""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What fills it; nothing any more once it is packed."""
+
+    @property
+    def packed(self) -> PackedLinear:
+        """What it was packed to."""
+
+    def adopt(self, packed: PackedLinear) -> None:
+        """Take what an equal one was packed to; it need not be filled then."""

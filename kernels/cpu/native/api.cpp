@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "pack.h"
+#include "stored.h"
 
 using namespace phalanx;
 
@@ -28,7 +29,7 @@ static void for_rows(Backend* b, int64_t rows, int64_t size, Body body) {
 
 // Counts changes of what crosses this interface: functions, structures, layouts of memory. Python's
 // side has the same number (library.py).
-PHX_EXPORT int32_t phx_interface() { return 4; }
+PHX_EXPORT int32_t phx_interface() { return 5; }
 
 PHX_EXPORT Backend* phx_open(const char* isa_name, int threads) {
     const Isa* isa = find_isa(isa_name);
@@ -47,6 +48,20 @@ PHX_EXPORT Matrix* phx_pack(Backend* b, const void* weight, int32_t type, int64_
 }
 
 PHX_EXPORT int64_t phx_packed_bytes(const Matrix* m) { return packed_bytes(*m); }
+
+// See stored.h. These two need no backend: whatever it does meanwhile goes on.
+PHX_EXPORT void phx_describe(Stored* stored) { describe(*stored); }
+PHX_EXPORT uint64_t phx_digest(const void* data, int64_t bytes) { return digest(data, bytes); }
+
+PHX_EXPORT int32_t phx_read(Backend* b, int32_t file, Part* parts, int64_t count) {
+    Turn turn(b->busy);
+    return read_parts(*b, file, parts, count);
+}
+
+PHX_EXPORT int32_t phx_restore(Backend* b, int32_t file, Stored* stored, int64_t count) {
+    Turn turn(b->busy);
+    return restore(*b, file, stored, count);
+}
 
 // An embedding table that is also the output head is kept once.
 PHX_EXPORT void phx_unpack_rows(const Matrix* m, const int64_t* ids, int64_t count, void* out) {

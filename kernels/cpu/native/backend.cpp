@@ -45,6 +45,13 @@ void* Arena::take(int64_t bytes, bool zeroed) {
     return p;
 }
 
+void Arena::rewind(const Mark& mark) {
+    for (size_t i = mark.chunks; i < chunks_.size(); i++) std::free(chunks_[i]);
+    chunks_.resize(mark.chunks);
+    next_ = mark.next;
+    end_ = mark.end;
+}
+
 Buffer::~Buffer() { std::free(data_); }
 
 void* Buffer::get(int64_t bytes) {

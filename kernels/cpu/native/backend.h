@@ -11,6 +11,13 @@ class Arena {
     ~Arena();
     void* take(int64_t bytes, bool zeroed = true);  // aligned to a cache line
 
+    struct Mark {
+        size_t chunks;
+        char *next, *end;
+    };
+    Mark mark() const { return {chunks_.size(), next_, end_}; }
+    void rewind(const Mark& mark);  // gives back what was taken since
+
   private:
     std::vector<void*> chunks_;
     char* next_ = nullptr;

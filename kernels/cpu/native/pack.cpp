@@ -7,7 +7,6 @@
 
 namespace phalanx {
 
-namespace {
 Matrix* new_matrix(Backend& b, int64_t out, int64_t in, int32_t type) {
     int64_t per_word = 4 / type_bytes(type);
     auto* m = (Matrix*)b.arena.take(sizeof(Matrix));
@@ -26,6 +25,7 @@ Matrix* new_matrix(Backend& b, int64_t out, int64_t in, int32_t type) {
     return m;
 }
 
+namespace {
 // Rows of panel p as levels [32, units * 4], with their scales and the sums that undo kUnsigned.
 void quantize_panel(const Isa& isa, Matrix* m, const char* weight, int32_t type, int64_t p,
                     int8_t* levels) {
@@ -212,10 +212,13 @@ Matrix* pack(Backend& b, const void* weight, int32_t type, int64_t out, int64_t 
     return m;
 }
 
+int64_t panel_bytes(const Matrix& m) {
+    return m.panels * (m.type == kCompact ? compact_bytes(m.units) : m.units * kPanel * 4);
+}
+
 int64_t packed_bytes(const Matrix& m) {
-    int64_t panel = m.type == kCompact ? compact_bytes(m.units) : m.units * kPanel * 4;
     int64_t escapes = m.first_escape ? m.first_escape[m.panels] * (int64_t)sizeof(Escape) : 0;
-    return m.panels * panel + escapes;
+    return panel_bytes(m) + escapes;
 }
 
 void unpack_rows(const Matrix& m, const int64_t* ids, int64_t count, void* out) {

@@ -10,7 +10,11 @@ namespace phalanx {
 Matrix* pack(Backend& backend, const void* weight, int32_t type, int64_t out, int64_t in,
              const float* bias, int32_t packed);
 
-int64_t packed_bytes(const Matrix& matrix);  // of its weights
+// A matrix whose panels are not filled; one of kCompact has neither table nor escapes yet.
+Matrix* new_matrix(Backend& backend, int64_t out, int64_t in, int32_t type);
+
+int64_t panel_bytes(const Matrix& matrix);   // of its panels
+int64_t packed_bytes(const Matrix& matrix);  // of its weights: panels, and what is kept beside them
 
 // Rows `ids` as they were, out [count, in]; not of kInt8.
 void unpack_rows(const Matrix& matrix, const int64_t* ids, int64_t count, void* out);

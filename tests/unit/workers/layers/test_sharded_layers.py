@@ -186,8 +186,8 @@ def test_vocabulary_parallel_logits_are_columns_of_the_whole(
     def work(group: TensorParallel) -> Tensor:
         part = VocabTable("t", cut(vocab, size, group.rank), hidden, dtype, CPU)
         fill(part.pieces, {"t": table})
-        head = VocabParallelHead(part)
-        head.pack(BACKEND, shared=tied)
+        head = VocabParallelHead(part, shared=tied)
+        head.pack(BACKEND)
         return head(x.to(dtype))
 
     logits = torch.cat(on_ranks(size, work), dim=1)
