@@ -11,14 +11,11 @@ from typing import Any
 from driving import Job, Output, Run, serve
 
 from phalanx.controller.benchmark.served import served
-from phalanx.controller.wakeups import read_plainly
+from phalanx.controller.client import AsyncClient
 
 
 def load(settings: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """`settings["flags"]` goes to `phalanx serve` as it is."""
-    read_plainly()  # this process is our own
-    from phalanx.controller.client import AsyncClient
-
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     began = time.perf_counter()
