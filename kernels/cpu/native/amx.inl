@@ -62,7 +62,19 @@ static void put_row(const Matrix& m, int64_t first, Value value, Out* out) {
     for (int64_t i = 0; i < count; i++) put(out + first + i, value(i) + m.bias[first + i]);
 }
 
-// The same with a compact matrix, a chunk of a panel being expanded at a time.
+// A `finish` for sums that are floats.
+static auto into_rows(const Matrix& m, void* out, int64_t out_stride, int32_t out_type) {
+    return [&m, out, out_stride, out_type](int64_t row, const uint32_t* sums, int64_t first) {
+        auto value = [&](int64_t i) { return from_bits(sums[i]); };
+        if (out_type == kFloat) {
+            put_row(m, first, value, (float*)out + row * out_stride);
+        } else {
+            put_row(m, first, value, (bf16*)out + row * out_stride);
+        }
+    };
+}
+
+// As `tile_product` with a compact matrix, a chunk of a panel being expanded at a time.
 template <class Tiles, class Finish>
 static void compact_product(const Isa& vectors, const Matrix& m, const uint32_t* x,
                             int64_t x_stride, int64_t rows, int64_t begin, int64_t end,
@@ -91,14 +103,7 @@ template <class Floats, const Isa* (*vectors)()>
 static void matmul_compact_tiles(const Matrix& m, const void* x_any, int64_t x_stride, int64_t rows,
                                  void* out, int64_t out_stride, int32_t out_type, int64_t begin,
                                  int64_t end) {
-    auto finish = [&](int64_t row, const uint32_t* sums, int64_t first) {
-        auto value = [&](int64_t i) { return from_bits(sums[i]); };
-        if (out_type == kFloat) {
-            put_row(m, first, value, (float*)out + row * out_stride);
-        } else {
-            put_row(m, first, value, (bf16*)out + row * out_stride);
-        }
-    };
+    auto finish = into_rows(m, out, out_stride, out_type);
     const auto* x = (const uint32_t*)x_any;
     compact_product<Floats>(*vectors(), m, x, x_stride / 2, rows, begin, end, finish);
 }
@@ -106,14 +111,7 @@ static void matmul_compact_tiles(const Matrix& m, const void* x_any, int64_t x_s
 template <class Floats>
 static void matmul_tiles(const Matrix& m, const void* x, int64_t x_stride, int64_t rows, void* out,
                          int64_t out_stride, int32_t out_type, int64_t begin, int64_t end) {
-    auto finish = [&](int64_t row, const uint32_t* sums, int64_t first) {
-        auto value = [&](int64_t i) { return from_bits(sums[i]); };
-        if (out_type == kFloat) {
-            put_row(m, first, value, (float*)out + row * out_stride);
-        } else {
-            put_row(m, first, value, (bf16*)out + row * out_stride);
-        }
-    };
+    auto finish = into_rows(m, out, out_stride, out_type);
     tile_product<Floats>(m, x, x_stride / 2, rows, begin, end, finish);
 }
 

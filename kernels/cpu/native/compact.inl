@@ -39,6 +39,28 @@ static __attribute__((noinline)) const Escape* mend(const Escape* next, int64_t 
     return next;
 }
 
+INLINE void ask_ahead(const uint8_t* place) {
+    UNROLL for (int line = 0; line < kPairBytes; line += 64) {
+        __builtin_prefetch(place + kAheadBytes + line);
+    }
+}
+
+// s += word u of each row of x, times that row of a panel.
+template <int R>
+INLINE void add_unit(V (&s)[R][kVectors], const Pairs* w, const uint32_t* x, int64_t x_stride,
+                     int64_t u) {
+    UNROLL for (int r = 0; r < R; r++) {
+        auto value = spread(x[r * x_stride + u]);
+        UNROLL for (int v = 0; v < kVectors; v++) s[r][v] = dot_pairs(s[r][v], w[v], value);
+    }
+}
+template <int R>
+INLINE void put_sums(const V (&s)[R][kVectors], float* sums) {
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int v = 0; v < kVectors; v++) store(sums + r * kPanel + v * kWidth, s[r][v]);
+    }
+}
+
 // sums [R, 32] = x [R, units] times a panel.
 template <int R>
 static void compact_tile(const uint32_t* x, int64_t x_stride, const CompactPanel& panel,
@@ -49,17 +71,9 @@ static void compact_tile(const uint32_t* x, int64_t x_stride, const CompactPanel
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int v = 0; v < kVectors; v++) s[r][v] = zero();
     }
-    auto add_unit = [&](const Pairs* w, int64_t u) {
-        UNROLL for (int r = 0; r < R; r++) {
-            auto value = spread(x[r * x_stride + u]);
-            UNROLL for (int v = 0; v < kVectors; v++) s[r][v] = dot_pairs(s[r][v], w[v], value);
-        }
-    };
     const uint8_t* place = panel.data;
     for (int64_t pair = 0; pair < (units + 1) / 2; pair++, place += kPairBytes) {
-        UNROLL for (int line = 0; line < kPairBytes; line += 64) {
-            __builtin_prefetch(place + kAheadBytes + line);
-        }
+        ask_ahead(place);
         Pairs w[2][kVectors];
         expand_pair(place, exponents, w);
         if (__builtin_expect(next->pair == pair, 0)) {
@@ -68,12 +82,10 @@ static void compact_tile(const uint32_t* x, int64_t x_stride, const CompactPanel
             next = mend(next, pair, mended);
             UNROLL for (int v = 0; v < 2 * kVectors; v++) w[v / kVectors][v % kVectors] = mended[v];
         }
-        add_unit(w[0], 2 * pair);
-        if (2 * pair + 1 < units) add_unit(w[1], 2 * pair + 1);
+        add_unit<R>(s, w[0], x, x_stride, 2 * pair);
+        if (2 * pair + 1 < units) add_unit<R>(s, w[1], x, x_stride, 2 * pair + 1);
     }
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < kVectors; v++) store(sums + r * kPanel + v * kWidth, s[r][v]);
-    }
+    put_sums<R>(s, sums);
 }
 
 // Units of a panel, from an even one on, on their way to what they are in a plain panel.
@@ -88,9 +100,7 @@ struct Expansion {
         : panel(panel), next(next), pair(begin / 2), end((end + 1) / 2), words(words) {}
     INLINE_MEMBER void step() {
         const uint8_t* place = panel.data + pair * kPairBytes;
-        UNROLL for (int line = 0; line < kPairBytes; line += 64) {
-            __builtin_prefetch(place + kAheadBytes + line);
-        }
+        ask_ahead(place);
         Pairs w[2][kVectors];
         expand_pair(place, Exponents(*panel.table), w);
         UNROLL for (int v = 0; v < 2 * kVectors; v++) {
@@ -122,16 +132,11 @@ static void busy_tile(const uint32_t* x, int64_t x_stride, const uint32_t* words
             UNROLL for (int v = 0; v < kVectors; v++) {
                 w[v] = load_pairs(words + u * kPanel + v * kWidth);
             }
-            UNROLL for (int r = 0; r < R; r++) {
-                auto value = spread(x[r * x_stride + u]);
-                UNROLL for (int v = 0; v < kVectors; v++) s[r][v] = dot_pairs(s[r][v], w[v], value);
-            }
+            add_unit<R>(s, w, x, x_stride, u);
         }
         if (other.pair < other.end) other.step();
     }
-    UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int v = 0; v < kVectors; v++) store(sums + r * kPanel + v * kWidth, s[r][v]);
-    }
+    put_sums<R>(s, sums);
 }
 
 static constexpr int64_t kChunkUnits = 288;  // 36 KB of words
@@ -144,12 +149,10 @@ static constexpr int64_t kLoneRows = 2 * kMaxRows;
 struct Chunks {
     const Matrix& m;
     int64_t end, panel, unit, size;  // of the next
-    const Escape* escapes;
 
     Chunks(const Matrix& m, int64_t begin, int64_t end) : m(m), end(end), panel(begin), unit(0) {
         int64_t count = (m.units + kChunkUnits - 1) / kChunkUnits;
         size = round_up((m.units + count - 1) / count, 2);
-        escapes = compact_panel(m, begin).escapes;
     }
     Expansion next(const Escape* behind, uint32_t* words) {
         CompactPanel own = compact_panel(m, least(panel, end - 1));
