@@ -166,10 +166,15 @@ class Shelf:
             total -= held
 
 
+def is_trusted(found: os.stat_result) -> bool:
+    """Whether nobody else can have written a file."""
+    others = stat.S_IMODE(found.st_mode) & 0o022
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not others
+
+
 def _read_index(descriptor: int, key: str) -> Index:
     found = os.fstat(descriptor)
-    writable = stat.S_IMODE(found.st_mode) & 0o022
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or writable:
+    if not is_trusted(found):
         raise Damaged("it is another user's, or others can write to it")
     head = os.pread(descriptor, _HEAD.size, 0)
     if len(head) < _HEAD.size:
